@@ -1,0 +1,1 @@
+"""I-SHEEP: iterative self-alignment of a base language model, from scratch."""
