@@ -1,0 +1,268 @@
+"""Every setting of the project, as frozen dataclasses, and the model presets of configs/models.
+
+A run's settings are one `RunConfig` with a section per stage. The defaults are the paper's constants; each section
+names the place in the paper (arXiv 2408.08072) they come from. How they are read from files and from the command line
+is in loading.py; a value out of its range is a `UserError` that says the range.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isheep.loading import UserError, did_you_mean, load_config
+from isheep.loading import diff, settings, to_toml  # noqa: F401  offered here too: users of a config need one import
+
+DTYPES = ("bfloat16", "float32", "float16")
+SETTINGS = ("one_base",)
+ASSESS_PROMPTS = ("combined",)
+ASSESS_LEVELS = ("both",)
+SELECT_METHODS = ("threshold", "ppl")
+# On an instruction or its input, a text-only model cannot serve these words.
+BLACKLIST = (
+    *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
+    *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
+)
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The generation engine. Not in the paper: these change speed and memory, never a text (in float32)."""
+
+    block_size: int = 16  # tokens in a block of the KV cache
+    max_num_seqs: int = 64  # sequences that decode together
+    max_num_batched_tokens: int = 2048  # tokens of one forward, prefill and decode together
+    kv_cache_gib: float | None = None  # None: from the memory that is free
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "kv_cache_gib", self.kv_cache_gib is None or self.kv_cache_gib > 0, "above 0")
+
+
+@dataclass(frozen=True)
+class InstructConfig:
+    """New instructions from the seeds (the paper's section on prompt generation and its appendix on filter rules)."""
+
+    data_size: int = 10_000  # kept instructions per iteration; the ablation goes to 50k
+    num_in_context: int = 5  # seed tasks shown in each prompt
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 1000
+    stop: tuple[str, ...] = ("17",)  # a completion gives items 6 to 16 at most
+    min_words: int = 4
+    max_words: int = 150
+    blacklist: tuple[str, ...] = BLACKLIST
+    rouge_threshold: float = 0.7  # strictly above, against the pool: dropped
+    max_prompts: int | None = None  # None: as many as data_size needs
+
+    def __post_init__(self) -> None:
+        _require_sampling(self)
+        _require(self, "data_size", self.data_size >= 1, "at least 1")
+        _require(self, "num_in_context", self.num_in_context >= 1, "at least 1")
+        _require(self, "min_words", 0 <= self.min_words <= self.max_words, "between 0 and instruct.max_words")
+        _require(self, "rouge_threshold", 0 <= self.rouge_threshold <= 1, "between 0 and 1")
+        _require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """Zero-shot responses and the rule filter on pairs (the paper's section on responses).
+
+    `option_letter_rule`: "as_run" also drops a pair for "e.g." and "i.e.", as the published scripts do.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 1000
+    option_letter_rule: str = "fixed"
+
+    def __post_init__(self) -> None:
+        _require_sampling(self)
+        _choose(self, "option_letter_rule", ("fixed", "as_run"))
+
+
+@dataclass(frozen=True)
+class AssessConfig:
+    """Self-assessment (the paper's section on it, and its ablations of prompt and level).
+
+    `assessor`: "current" is the model of this iteration, as published; "base" the base model in each, as run.
+    """
+
+    prompt: str = "combined"
+    level: str = "both"
+    assessor: str = "current"
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 1000
+
+    def __post_init__(self) -> None:
+        _require_sampling(self)
+        _choose(self, "prompt", ASSESS_PROMPTS)
+        _choose(self, "level", ASSESS_LEVELS)
+        _choose(self, "assessor", ("current", "base"))
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """Perplexities and last-layer vectors of the pairs (the ablation on filters by internal state).
+
+    The paper does not say how it pools the vectors; the mean over tokens is this project's default.
+    """
+
+    enabled: bool = True
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        _choose(self, "pooling", ("mean", "last"))
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """Which pairs are trained on: both scores strictly above C = 8, or both perplexities below 50 (filter ablation)."""
+
+    method: str = "threshold"
+    threshold: float = 8.0
+    max_ppl: float = 50.0
+
+    def __post_init__(self) -> None:
+        _choose(self, "method", SELECT_METHODS)
+        _require(self, "threshold", -1 <= self.threshold < 10, "at least -1 and below 10, the highest score")
+        _require(self, "max_ppl", self.max_ppl > 1, "above 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """LoRA fine-tuning (the paper's training details): 16 rows a step, 3000 rows at most, the best checkpoint used."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ALL_LINEARS
+    learning_rate: float = 5e-5
+    lr_scheduler: str = "cosine"
+    warmup_steps: int = 20
+    epochs: float = 2.0
+    batch_size: int = 16  # items of one optimizer step
+    micro_batch_tokens: int = 4096  # tokens of one forward
+    pack_tokens: int | None = None  # None: an item is a row; N: rows are packed into items of N tokens, best fit
+    cutoff: int = 1024  # tokens of one row
+    max_samples: int = 3000
+    val_share: float = 0.1
+    eval_steps: int = 100
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_checkpointing: bool = True
+    loss_chunk_tokens: int = 1024  # tokens whose logits exist at once
+
+    def __post_init__(self) -> None:
+        at_least_1 = "r alpha batch_size micro_batch_tokens cutoff max_samples eval_steps loss_chunk_tokens"
+        for name in at_least_1.split():
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "epochs", "max_grad_norm", "eps"):
+            _require(self, name, getattr(self, name) > 0, "above 0")
+        for name in ("dropout", "val_share"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers of at least 0 and below 1")
+        _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+        _require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _require(self, "pack_tokens", self.pack_tokens is None or self.pack_tokens >= self.cutoff,
+                 f"at least train.cutoff = {self.cutoff}, so that every row fits an item")  # fmt: skip
+        _require(self, "target_modules", len(self.target_modules) > 0, "a list of at least one linear's name")
+        _choose(self, "lr_scheduler", ("cosine", "constant"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of the loop (Algorithm 1): which model, where to, how often, and a section for each stage."""
+
+    model: str  # a name from configs/models, a hub id, or a local folder
+    out: str  # the run folder
+    seed: int = 0
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    setting: str = "one_base"
+    iterations: int | None = None  # None: the model preset's, 3 where there is none
+    template: str | None = None  # None: the model preset's, or what the tokenizer's control tokens say
+    seeds: str | None = None  # a file of seed tasks; None: the project's own 175
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    answer: AnswerConfig = field(default_factory=AnswerConfig)
+    assess: AssessConfig = field(default_factory=AssessConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "out"):
+            _require(self, name, bool(getattr(self, name).strip()), "given")
+        _require(self, "iterations", self.iterations is None or self.iterations >= 1, "at least 1")
+        _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        _choose(self, "dtype", DTYPES)
+        _choose(self, "setting", SETTINGS)
+        _require(self, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
+                 "auto, cpu, cuda or cuda:N")  # fmt: skip
+
+
+def _dotted(section: object, name: str) -> str:
+    prefix = type(section).__name__.removesuffix("Config").lower()
+    return name if prefix in ("run", "modelpreset") else f"{prefix}.{name}"
+
+
+def _require(section: object, name: str, holds: bool, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{_dotted(section, name)} must be {rule}, not {getattr(section, name)!r}.")
+
+
+def _choose(section: object, name: str, choices: Sequence[str]) -> None:
+    value = getattr(section, name)
+    if value not in choices:
+        raise UserError(f'{_dotted(section, name)} = "{value}" is not known.{did_you_mean(value, choices)}')
+
+
+def _require_sampling(section: InstructConfig | AnswerConfig | AssessConfig) -> None:
+    _require(section, "temperature", section.temperature >= 0, "at least 0")
+    _require(section, "top_p", 0 < section.top_p <= 1, "above 0 and at most 1")
+    _require(section, "max_tokens", section.max_tokens >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """A model of configs/models: where its weights are and how it is talked to.
+
+    `source` is a hub id, or "package:NAME/FILE" for a file inside an installed Python package. `stop` are the control
+    tokens that end a reply. `iterations` is the paper's number for this size. `architecture` holds config.json's
+    values, so that a plan needs no download.
+    """
+
+    name: str
+    source: str
+    template: str
+    stop: tuple[str, ...]
+    iterations: int
+    architecture: dict  # type: ignore[type-arg]
+
+
+def data_path(*parts: str) -> Path:
+    """The path of a file or folder under configs/ or seeds/, in a checkout as in an installed wheel."""
+    root = Path(__file__).parents[1]
+    first, *rest = parts
+    in_checkout = (root / "pyproject.toml").is_file()
+    return root.joinpath(first if in_checkout else f"isheep_{first}", *rest)
+
+
+@functools.cache
+def model_presets() -> dict[str, ModelPreset]:
+    """Name -> preset, for each file of configs/models."""
+    files = sorted(data_path("configs", "models").glob("*.toml"))
+    return {path.stem: load_config(ModelPreset, {"name": path.stem}, path) for path in files}
+
+
+def model_preset(name: str) -> ModelPreset | None:
+    """The preset of that name; None for a hub id or a folder."""
+    return model_presets().get(name)
