@@ -7,6 +7,7 @@ or finds the seal and does nothing. The sealed bytes do not depend on where it w
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -196,7 +197,10 @@ class Journal:
         self.close()
 
     def _read_sealed(self) -> list[dict[str, Any]]:
-        seal = json.loads(self.seal_path.read_text(encoding="utf-8"))
+        try:
+            seal = json.loads(self.seal_path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{self.seal_path} is damaged ({error}): delete it and {self.path.name}.") from error
         self._compare(seal, self.path)
         if not self.path.exists() or sha256_file(self.path) != seal["sha256"]:
             raise UserError(
@@ -219,12 +223,16 @@ class Journal:
 
     def _open_part(self) -> None:
         if self.path.exists() and not self.part.exists():
-            raise UserError(f"{self.path} is there but was not made by this project: move it, or choose another --out.")
+            raise UserError(f"{self.path} is there without its seal: delete it, move it away, or choose another --out.")
         with writes_to(self.part):
             self.part.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.part.open("ab", buffering=0)  # a line is in the kernel's hands when append returns
         try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends
             self._read_part()
+        except BlockingIOError as error:
+            self.close()
+            raise UserError(f"{self.part} is being written by another process: wait for it, or stop it.") from error
         except BaseException:
             self.close()
             raise

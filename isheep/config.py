@@ -11,8 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from isheep.loading import UserError, did_you_mean, load_config
-from isheep.loading import diff, settings, to_toml  # noqa: F401  offered here too: users of a config need one import
+from isheep.loading import (  # noqa: F401  diff, settings and to_toml are offered here too: one import for a config
+    UserError,
+    did_you_mean,
+    diff,
+    load_config,
+    settings,
+    to_toml,
+)
 
 DTYPES = ("bfloat16", "float32", "float16")
 SETTINGS = ("one_base",)
