@@ -1,0 +1,181 @@
+"""Low-rank adapters: y = x wᵀ + scaling · (x lora_Aᵀ) lora_Bᵀ, any number of them resident beside one frozen base.
+
+An adapter lives inside the linear layers it changes; a batch names the one its tokens are seen through. So training,
+sampling and scoring read the same fp32 tensors, and switching costs nothing. Files are in PEFT's format.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from isheep.artifacts import write_atomic
+from isheep.config import UserError
+from isheep.model.layers import Linear
+from isheep.model.transformer import Transformer
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Paper §6: r 8, alpha 16, dropout 0.05, on every linear layer but lm_head. Targets are the last part of a name."""
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ALL_LINEAR
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+
+class LoRAPair(nn.Module):
+    """One layer's lora_A [r, in] and lora_B [out, r], fp32. `dropout_key` is set while training and None otherwise."""
+
+    def __init__(self, linear: Linear, config: LoRAConfig) -> None:
+        super().__init__()
+        out_features, in_features = linear.weight.shape
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=torch.float32, device=device))
+        self.scaling, self.dropout = config.scaling, config.dropout
+        self.dropout_key: int | None = None
+        self._cast: tuple[object, Tensor, Tensor] | None = None
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and scaling · B in the compute dtype, remade when the trainer has written to either."""
+        state = (self.lora_A._version, self.lora_B._version, dtype)
+        if self._cast is None or self._cast[0] != state:
+            self._cast = (state, self.lora_A.detach().to(dtype), (self.lora_B.detach() * self.scaling).to(dtype))
+        return self._cast[1], self._cast[2]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A named set of pairs, keyed by the path of the layer each belongs to."""
+
+    name: str
+    config: LoRAConfig
+    pairs: dict[str, LoRAPair]
+
+    @property
+    def version(self) -> int:
+        """Grows with every write to a tensor of the adapter: cached keys and values of another version are stale."""
+        return sum(p._version for p in self.parameters())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for pair in self.pairs.values():
+            yield from pair.parameters()
+
+    def set_dropout_key(self, key: int | None) -> None:
+        """Masks of the next passes are functions of (key, layer); None switches dropout off."""
+        for i, pair in enumerate(self.pairs.values()):
+            pair.dropout_key = None if key is None else (key * 1_000_003 + i) % 2**63
+
+
+def attach(model: Transformer, config: LoRAConfig, name: str, seed: int = 0) -> Adapter:
+    """Put a fresh adapter on the model: A uniform as PEFT draws it, B zero, so that it changes nothing yet.
+
+    Raises UserError where no layer matches the targets or the name is taken.
+    """
+    if "." in name or name in model.adapters:
+        raise UserError(f'An adapter cannot be called "{name}": names are unique and hold no dot.')
+    targets = {path: m for path, m in model.named_modules() if isinstance(m, Linear)}
+    unknown = set(config.target_modules) - {path.rpartition(".")[2] for path in targets}
+    if unknown:
+        raise UserError(f"No linear layer is called {', '.join(sorted(unknown))}; there are {', '.join(ALL_LINEAR)}.")
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for path, linear in targets.items():
+        if path.rpartition(".")[2] in config.target_modules:
+            pair = pairs[path] = LoRAPair(linear, config)
+            bound = 1 / math.sqrt(linear.weight.shape[1])  # kaiming_uniform with a = sqrt(5)
+            pair.lora_A.data.copy_(torch.empty(pair.lora_A.shape).uniform_(-bound, bound, generator=generator))
+            linear.lora[name] = pair
+    model.adapters[name] = adapter = Adapter(name, config, pairs)
+    return adapter
+
+
+def detach(model: Transformer, name: str) -> None:
+    """Take an adapter off; the base was never changed, so nothing is restored."""
+    for path in model.adapters.pop(name).pairs:
+        del model.get_submodule(path).lora[name]  # type: ignore[operator, union-attr]
+
+
+def save_adapter(adapter: Adapter, folder: Path, base_model: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as PEFT names them."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.config.r,
+        "lora_alpha": adapter.config.alpha,
+        "lora_dropout": adapter.config.dropout,
+        "target_modules": list(adapter.config.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "adapter_model.safetensors.tmp"
+    save_file(adapter_tensors(adapter), part, metadata={"format": "pt"})
+    part.replace(folder / "adapter_model.safetensors")
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys."""
+    return {
+        f"base_model.model.{path}.{part}.weight": getattr(pair, part).detach().cpu().contiguous()
+        for path, pair in adapter.pairs.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def load_adapter(model: Transformer, folder: Path, name: str) -> Adapter:
+    """Attach an adapter saved by `save_adapter` or by PEFT. Raises UserError where it does not fit the model."""
+    try:
+        raw = json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not an adapter in PEFT's format (adapter_config.json + adapter_model.safetensors): {error}"
+        ) from error
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if raw.get(key):
+            raise UserError(f'The adapter {folder} uses "{key}", which is not supported: only plain LoRA is.')
+    targets = {key.removeprefix("base_model.model.").rsplit(".", 2)[0].rpartition(".")[2] for key in tensors}
+    config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(t for t in ALL_LINEAR if t in targets))
+    adapter = attach(model, config, name)
+    try:
+        fill_adapter(adapter, tensors)
+    except UserError:
+        detach(model, name)
+        raise
+    return adapter
+
+
+def fill_adapter(adapter: Adapter, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors under PEFT's keys into the adapter, in place. Raises UserError where keys or shapes differ."""
+    own = adapter_tensors(adapter)
+    if own.keys() != tensors.keys():
+        key = min(own.keys() ^ tensors.keys())
+        raise UserError(f'The adapter "{adapter.name}" does not fit this model: "{key}" is only on one side.')
+    for path, pair in adapter.pairs.items():
+        for part in ("lora_A", "lora_B"):
+            source, target = tensors[f"base_model.model.{path}.{part}.weight"], getattr(pair, part)
+            if source.shape != target.shape:
+                raise UserError(
+                    f'The adapter "{adapter.name}" does not fit this model: {path}.{part} is {tuple(source.shape)}, '
+                    f"the model's layer takes {tuple(target.shape)}."
+                )
+            with torch.no_grad():
+                target.copy_(source)

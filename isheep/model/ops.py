@@ -1,0 +1,218 @@
+"""The operations of the decoder, and the one place that picks who computes them.
+
+On the CPU in fp32 and bf16: the C++ kernels of `isheep_kernels.cpu`, where a compiler is at hand. Elsewhere: torch's
+definitions (`*_ref`). `backend` says which, for the run's log. Every operation has a gradient for what can be trained.
+"""
+
+import torch
+import torch.nn.functional as F
+from isheep_kernels import cpu
+from isheep_kernels.attention_packed import attention_packed_ref
+from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
+from isheep_kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from isheep_kernels.rms_norm import rms_norm_ref
+from isheep_kernels.rope import rope_ref
+from isheep_kernels.sampling import sample_ref
+from isheep_kernels.swiglu import swiglu_ref
+from torch import Tensor
+
+from isheep.model.batch import PackedBatch
+
+__all__ = ["IGNORE", "linear_cross_entropy"]
+
+
+def backend(x: Tensor) -> str:
+    """"cpp" or "torch": who computes on tensors like x."""
+    return "cpp" if cpu.serves(x) else "torch"
+
+
+def _run(name: str, x: Tensor, *args: Tensor | float) -> None:
+    """Call a C++ kernel: tensors go in as pointers."""
+    cpu.kernel(name, x.dtype)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in (x, *args)))
+
+
+# ---- norm, rope, activation: forward and backward in C++ -----------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.eps, y = eps, torch.empty_like(x)
+        _run("rms_norm", x, weight, y, x.numel() // x.shape[-1], x.shape[-1], eps)
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        rows = x.numel() // x.shape[-1]
+        _run("rms_norm_backward", grads[0].contiguous(), x, weight, dx, rows, x.shape[-1], ctx.eps)
+        return dx, None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        _run("swiglu", gate, up, y, gate.numel())
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _run("swiglu_backward", grads[0].contiguous(), gate, up, dgate, dup, gate.numel())
+        return dgate, dup
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = torch.empty_like(x)
+        _run("rope", x, y, cos, sin, *x.shape, 1.0)
+        return y
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dx = grads[0].contiguous()
+        dx = torch.empty_like(dx).copy_(dx)
+        _run("rope", dx, dx, cos, sin, *dx.shape, -1.0)  # a rotation's gradient is the rotation back
+        return dx, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., C] -> [..., C]; the mean square over C in fp32."""
+    return _RMSNorm.apply(x, weight, eps) if cpu.serves(x) else rms_norm_ref(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, [T, I] -> [T, I]."""
+    return _SwiGLU.apply(gate, up) if cpu.serves(gate) else swiglu_ref(gate, up)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] turned by cos, sin [T, D/2] fp32 -> [T, H, D]."""
+    return _Rope.apply(x.contiguous(), cos, sin) if cpu.serves(x) else rope_ref(x, cos, sin)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """Causal within each sequence of the batch. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
+    ends = [0]
+    for n in batch.seqlens:
+        ends.append(ends[-1] + n)
+    return attention_packed_ref(q, k, v, ends, scale)
+
+
+def kv_cache_shapes(x: Tensor, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> list[tuple[int, ...]]:
+    """Shapes of one layer's key and value cache for tensors like x; the C++ kernel keeps keys transposed."""
+    if cpu.serves(x):
+        pack = 4 // x.element_size()
+        keys = (num_blocks, num_kv_heads, head_dim // pack, block_size, pack)
+        return [keys, (num_blocks, num_kv_heads, block_size, head_dim)]
+    return [(num_blocks, block_size, num_kv_heads, head_dim)] * 2
+
+
+def write_kv(k: Tensor, v: Tensor, batch: PackedBatch, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Put k, v [T, G, D] into one layer's cache, in place."""
+    assert batch.paged is not None
+    slots = batch.paged.slot_mapping
+    if cpu.serves(k):
+        tokens, heads, head_dim = k.shape
+        _run("write_kv", k, v, slots, k_cache, v_cache, tokens, heads, head_dim, v_cache.shape[2])
+    else:
+        write_kv_ref(k, v, slots, k_cache, v_cache)
+
+
+def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """Causal attention of q [T, H, D] over the cached positions of each sequence -> [T, H, D]."""
+    assert batch.paged is not None
+    paged, cu = batch.paged, batch.cu_seqlens
+    if not cpu.serves(q):
+        return attention_paged_ref(q, k_cache, v_cache, cu, paged.context_lens, paged.block_tables, scale)
+    y = torch.empty_like(q)
+    heads, (groups, block_size, head_dim) = q.shape[1], v_cache.shape[1:]
+    tables = paged.block_tables
+    sizes = (tables.shape[1], len(tables), heads, groups, head_dim, block_size, scale)
+    _run("attention_paged", q, k_cache, v_cache, y, cu, paged.context_lens, tables, *sizes)
+    return y
+
+
+# ---- linear layers with adapters -----------------------------------------------------------------------------------
+
+
+def prepack(weight: Tensor, rows: int) -> Tensor | None:
+    """A bf16 CPU weight in oneDNN's blocked order, best for about `rows` rows; None where that buys nothing.
+
+    F.linear reorders the weight in every call, a third of its time at decode sizes. A packed copy belongs to sampling,
+    like the key/value cache, and is dropped with it.
+    """
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x [T, K] -> [T, N]; `packed` is prepack(weight)."""
+    if packed is not None and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def dropout_mask(like: Tensor, p: float, key: int) -> Tensor:
+    """Bool, shaped as `like`, False with probability p (in steps of 1/65,536): a function of the key, so never stored."""
+    generator = torch.Generator(like.device).manual_seed(key)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)  # four draws from each word
+    return bits[: like.numel()].view_as(like) >= round(p * 65536) - 32768
+
+
+class _LoRALinear(torch.autograd.Function):
+    """y = x wᵀ + bias + scale · (drop(x) aᵀ) bᵀ with gradients for x, a and b. Keeps x and the [T, r] product only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale, p, key):  # type: ignore[no-untyped-def]
+        ctx.scale, ctx.p, ctx.key = scale / (1 - p), p, key
+        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        low = F.linear(x * dropout_mask(x, p, key) if p else x, a16)
+        ctx.save_for_backward(x, weight, a16, b16, low)
+        return F.linear(x, weight, bias).addmm_(low, b16.t(), alpha=ctx.scale)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        x, weight, a, b, low = ctx.saved_tensors
+        dy = grads[0]
+        dlow = (dy @ b).mul_(ctx.scale)
+        mask = dropout_mask(x, ctx.p, ctx.key) if ctx.p else None
+        da = dlow.t() @ (x if mask is None else x * mask)
+        db = (dy.t() @ low).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            dx = dx.addmm_(dlow, a) if mask is None else dx.add_((dlow @ a).mul_(mask))
+        return dx, None, None, da.float(), db.float(), None, None, None
+
+
+def lora_linear_train(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, key: int) -> Tensor:
+    """x [T, K], weight [N, K], a [r, K] fp32, b [N, r] fp32 -> [T, N]; p and key are the dropout's (p 0: none)."""
+    return _LoRALinear.apply(x, weight, bias, a, b, scale, p, key)
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row of logits [B, V], and its log-probability; parameters [B] as in `sample_ref`."""
+    if not cpu.serves(logits):
+        return sample_ref(logits, temperature, top_k, top_p, min_p, uniform)
+    rows, vocab = logits.shape
+    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
+    _run("sample", logits.contiguous(), rows, vocab, temperature, top_k, top_p, min_p, uniform, tokens, logprobs)
+    return tokens, logprobs

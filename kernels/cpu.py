@@ -1,0 +1,82 @@
+"""The CPU's kernels: `cpu.cpp`, compiled once per machine and called through raw pointers.
+
+Triton has no CPU backend, and eager torch pays some ten microseconds an operator, which is most of a decode step of a
+small model. So the CPU gets its few hot loops in C++. No compiler: `library()` is None and torch's definitions serve.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
+# Reductions may be reordered (that is what vectorising a sum means); infinities and NaN keep their meaning.
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
+SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+_p, _i, _l, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+SIGNATURES = {
+    "rms_norm": [_p, _p, _p, _l, _l, _f],
+    "rms_norm_backward": [_p, _p, _p, _p, _l, _l, _f],
+    "swiglu": [_p, _p, _p, _l],
+    "swiglu_backward": [_p, _p, _p, _p, _p, _l],
+    "rope": [_p, _p, _p, _p, _l, _i, _i, _f],
+    "write_kv": [_p, _p, _p, _p, _p, _l, _i, _i, _i],
+    "attention_paged": [_p, _p, _p, _p, _p, _p, _p, _l, _i, _i, _i, _i, _i, _f],
+    "sample": [_p, _l, _l, _p, _p, _p, _p, _p, _p, _p],
+}
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cached library must not meet another processor."""
+    try:
+        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = platform.processor()
+    return platform.machine() + flags
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None on a machine without g++ or where compiling failed."""
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None or not shutil.which(compiler):
+        return None
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isheep"
+    built = folder / f"cpu-{key}.so"
+    try:
+        if not built.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: two processes may build
+                part = Path(scratch) / "cpu.so"
+                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(part)], check=True, capture_output=True)
+                part.rename(built)
+        lib = ctypes.CDLL(str(built))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    for name, argtypes in SIGNATURES.items():
+        for suffix in SUFFIX.values():
+            function = getattr(lib, f"{name}_{suffix}")
+            function.argtypes, function.restype = argtypes, None
+    return lib
+
+
+@functools.cache
+def kernel(name: str, dtype: torch.dtype):
+    """The C function `name` for elements of `dtype`."""
+    return getattr(library(), f"{name}_{SUFFIX[dtype]}")
+
+
+def serves(x: Tensor) -> bool:
+    """Whether these kernels can take `x`: on the CPU, fp32 or bf16, and compiled."""
+    return x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
