@@ -1,0 +1,1 @@
+"""Text: tokenizer, chat templates, seed tasks, and the prompts that the loop sends to the model."""
