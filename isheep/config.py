@@ -251,7 +251,7 @@ class ModelPreset:
     template: str
     stop: tuple[str, ...]
     iterations: int
-    architecture: dict  # type: ignore[type-arg]
+    architecture: dict
 
 
 def data_path(*parts: str) -> Path:

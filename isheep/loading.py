@@ -162,7 +162,7 @@ def _build(cls: type[C], flat: Mapping[str, Any], prefix: str) -> C:
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         key = prefix + f.name
         if dataclasses.is_dataclass(hints[f.name]):
-            kwargs[f.name] = _build(hints[f.name], flat, f"{key}.")  # type: ignore[arg-type]
+            kwargs[f.name] = _build(hints[f.name], flat, f"{key}.")
         elif key in flat:
             kwargs[f.name] = _convert(flat[key], hints[f.name], key)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

@@ -15,7 +15,7 @@ from isheep.artifacts import canonical_json, writes_to
 try:
     from tqdm import tqdm
 except ImportError:  # the bar is a comfort, not a need
-    tqdm = None  # type: ignore[assignment,misc]
+    tqdm = None
 
 log = logging.getLogger("isheep")
 
