@@ -1,7 +1,7 @@
 """Text to token ids and back, from the tokenizer files of a model folder.
 
-A thin wrapper of `tokenizers`. Two layouts are read: `tokenizer.json`, and `vocab.json` + `merges.txt` as Qwen publishes
-them. `tokenizer_config.json` adds the special tokens and names the end token.
+A thin wrapper of `tokenizers`. Two layouts are read: `tokenizer.json`, and the `vocab.json` + `merges.txt` that Qwen
+publishes. `tokenizer_config.json` adds the special tokens and names the end token.
 """
 
 import codecs
@@ -27,12 +27,14 @@ class Tokenizer:
     """Encodes and decodes; knows its end token. Made by `load_tokenizer`."""
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_id: int) -> None:
+        eos_token = backend.id_to_token(eos_token_id)
+        assert eos_token is not None, f"no token has the id {eos_token_id}"
         # A tokenizer.json may carry the lengths of someone's training run; here nothing is ever cut or padded.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
         self.eos_token_id = eos_token_id
-        self.eos_token: str = backend.id_to_token(eos_token_id)
+        self.eos_token = eos_token
         self.vocab_size: int = backend.get_vocab_size()
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
@@ -94,7 +96,7 @@ class Detokenizer:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """Byte-level BPE's spelling of bytes: printable Latin-1 stands for itself, the rest for U+0100 onwards, in order."""
+    """Byte-level BPE's spelling of bytes: printable Latin-1 is itself, the rest is U+0100 onwards, in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -133,8 +135,8 @@ def _from_vocab_and_merges(folder: Path, config: dict[str, Any]) -> tokenizers.T
     kind = config.get("tokenizer_class", "")
     if not kind.startswith("Qwen2"):  # the two files do not say how text is split, the class does
         raise UserError(
-            f'{folder} has vocab.json and merges.txt of "{kind or "an unnamed class"}", but only those of Qwen2Tokenizer '
-            "can be read: add the model's tokenizer.json."
+            f'{folder} has vocab.json and merges.txt of tokenizer class "{kind}", but without a tokenizer.json '
+            "only those of Qwen2Tokenizer can be read: add the model's tokenizer.json."
         )
     bpe = _parse(folder / "vocab.json", lambda path: models.BPE.from_file(str(path), str(folder / "merges.txt")))
     backend = tokenizers.Tokenizer(bpe)
@@ -186,12 +188,14 @@ def _eos_token_id(backend: tokenizers.Tokenizer, config: dict[str, Any], folder:
     """Id of the end token: tokenizer_config.json's, else the first one of generation_config.json or config.json."""
     name = _text(config.get("eos_token"))
     if name is not None:
-        return backend.token_to_id(name)  # known by now: `_add_tokens` has added it
+        token_id = backend.token_to_id(name)
+        assert token_id is not None, "`_add_tokens` adds the tokens that the config names"
+        return token_id
     for file in ("generation_config.json", "config.json"):
         eos = _read_json(folder / file).get("eos_token_id")
-        token_id = eos[0] if isinstance(eos, list) and eos else eos
-        if isinstance(token_id, int) and backend.id_to_token(token_id) is not None:
-            return token_id
+        first = eos[0] if isinstance(eos, list) and eos else eos
+        if isinstance(first, int) and backend.id_to_token(first) is not None:
+            return first
     raise UserError(f'{folder} names no end token: write it as "eos_token" into its tokenizer_config.json.')
 
 
