@@ -22,8 +22,8 @@ class KVCache:
     def __init__(self, like: Tensor, config: ModelConfig, num_blocks: int, block_size: int) -> None:
         heads = config.num_key_value_heads
         shapes = ops.kv_cache_shapes(like, num_blocks, block_size, heads, config.head_dim)
-        # zeroed: a tile may read slots that were never written, whose weight is 0 but must not be NaN
-        self.k, self.v = (like.new_zeros(config.num_hidden_layers, *shape) for shape in shapes)
+        # not zeroed: a slot is read only after it was written
+        self.k, self.v = (like.new_empty(config.num_hidden_layers, *shape) for shape in shapes)
 
     def layer(self, i: int) -> LayerKV:
         return self.k[i], self.v[i]

@@ -96,7 +96,9 @@ class SamplingParams:
             if not allowed(value):
                 raise UserError(f"{name} is {value!r}, but must be {words}.")
         if self.min_tokens > self.max_tokens:
-            raise UserError(f"min_tokens is {self.min_tokens}, but must be at most max_tokens, which is {self.max_tokens}.")
+            raise UserError(
+                f"min_tokens is {self.min_tokens}, but must be at most max_tokens, which is {self.max_tokens}."
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,262 @@
+"""The sampler: continuous batching over a paged cache, on the live weights of one model.
+
+    sampler = Sampler(model, tokenizer)
+    for completion in sampler.stream(requests): ...
+
+Each step is one forward pass over the tokens the scheduler chose, whatever they are: prompts, parts of prompts, decodes.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from isheep.config import SamplerConfig, UserError, did_you_mean
+from isheep.model.batch import PackedBatch, PagedMeta
+from isheep.model.transformer import KVCache, Transformer
+from isheep.sampler import sampling
+from isheep.sampler.block_manager import BlockManager
+from isheep.sampler.request import Completion, Request, Sequence
+from isheep.sampler.scheduler import Chunk, Scheduler, Step
+from isheep.text.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass
+class Stats:
+    """What the sampler has done so far. `time_s` counts steps only, not what the caller does in between."""
+
+    num_steps: int = 0
+    num_prefill_tokens: int = 0  # prompt tokens computed
+    num_cached_tokens: int = 0  # prompt tokens found in the cache instead
+    num_decode_tokens: int = 0  # tokens drawn
+    num_preempted: int = 0
+    time_s: float = 0.0
+
+
+class _Sample:
+    """What the engine keeps about one running sequence besides its tokens."""
+
+    def __init__(self, seq: Sequence, tokenizer: Tokenizer, seed: int, eos: frozenset[int]) -> None:
+        params = seq.request.params
+        special = {text: tokenizer.token_id(text) for text in params.stop}  # such a stop string is one token: no text
+        self.stop_texts = tuple(text for text, token in special.items() if token is None)
+        ids = frozenset(params.stop_token_ids) | {token for token in special.values() if token is not None}
+        self.ends = ids if params.ignore_eos else ids | eos
+        self.key = sampling.stream_key(seed if params.seed is None else params.seed, seq.request.id, seq.sample)
+        self.text, self.searched = "", 0
+        self.detokenizer = Detokenizer(tokenizer) if self.stop_texts else None
+        self.logprobs: list[dict] | None = None if params.logprobs is None else []
+
+    def push(self, token: int) -> None:
+        """Follow the text, where stop strings are looked for in it."""
+        if self.detokenizer is not None:
+            self.searched = max(0, len(self.text) - max(map(len, self.stop_texts)) + 1)
+            self.text += self.detokenizer.push(token)
+
+    def stops(self, token: int) -> bool:
+        """Whether the sample ends with this token, its last; a stop string and what follows are cut from the text."""
+        found = [at for at in (self.text.find(stop, self.searched) for stop in self.stop_texts) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found) or token in self.ends
+
+
+class Sampler:
+    """Generates from the model and its resident adapters. Base weights are read in place; only the cache is its own."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, cfg: SamplerConfig | None = None, seed: int = 0,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        """`eos_token_ids` end a sample besides the checkpoint's own, unless it ignores eos: a template's stop tokens, say."""
+        self.cfg = cfg = cfg or SamplerConfig()
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        own = {tokenizer.eos_token_id, *model.config.eos_token_ids, *eos_token_ids}
+        self.eos = frozenset(token for token in own if token is not None)
+        self.stats = Stats()
+        self.scheduler = Scheduler(
+            BlockManager(_num_blocks(model, cfg), cfg.block_size, cfg.prefix_caching),
+            cfg.max_num_seqs,
+            cfg.max_num_batched_tokens,
+            lambda adapter: self._salts[adapter],
+        )
+        self._cache: KVCache | None = model.new_kv_cache(self.scheduler.blocks.num_blocks, cfg.block_size)
+        self._salts: dict[str | None, object] = {None: None}
+        self._samples: dict[tuple[str, int], _Sample] = {}
+        model.prepack(cfg.max_num_seqs)
+
+    def close(self) -> None:
+        """Free the cache and the packed weights; the model is left as it was found."""
+        self._cache = None
+        self.model.unpack()
+
+    def generate(self, requests: Iterable[Request]) -> list[Completion]:
+        """All completions, in the order of the requests and their samples."""
+        requests = list(requests)
+        place = {request.id: i for i, request in enumerate(requests)}
+        return sorted(self.stream(requests), key=lambda c: (place[c.id], c.sample))
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they finish. Requests are pulled as there is room; closing the iterator aborts what is left.
+
+        Raises UserError for an unknown adapter, a repeated id, or a prompt that cannot fit; what was running is aborted.
+        """
+        source, pending = iter(requests), True
+        try:
+            while pending or self.scheduler.has_work:
+                while pending and self.scheduler.num_waiting < self.cfg.max_num_seqs:
+                    request = next(source, None)
+                    if request is None:
+                        pending = False
+                    else:
+                        self._add(request)
+                if self.scheduler.has_work:
+                    yield from self.step()
+        finally:
+            for request_id in {key[0] for key in self._samples}:
+                self.scheduler.abort(request_id)
+            self._samples.clear()
+
+    def _add(self, request: Request) -> None:
+        context = self.model.config.context_len
+        room = context - len(request.prompt_token_ids)
+        if room < 1:
+            raise UserError(
+                f'The prompt of request "{request.id}" has {len(request.prompt_token_ids)} tokens, but the model\'s context '
+                f"ends at {context}: shorten it."
+            )
+        if request.adapter is not None and request.adapter not in self.model.adapters:
+            raise UserError(
+                f'Request "{request.id}" names the adapter "{request.adapter}", which is not loaded.'
+                f"{did_you_mean(request.adapter, self.model.adapters)}"
+            )
+        params = request.params
+        if params.max_tokens > room:
+            request = replace(request, params=replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room)))
+        for seq in self.scheduler.add(request):
+            self._samples[seq.key] = _Sample(seq, self.tokenizer, self.seed, self.eos)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """One forward pass -> the completions that it finished."""
+        started = time.perf_counter()
+        # read once a step: a trainer's write makes cached keys and values of that adapter stale
+        self._salts = {None: None, **{name: (name, adapter.version) for name, adapter in self.model.adapters.items()}}
+        step = self.scheduler.schedule()
+        assert self._cache is not None, "the sampler is closed"
+        self._cache.copy_blocks(step.copies)
+        chunks = sorted(step.chunks, key=lambda c: c.seq.request.adapter or "")  # one adapter's tokens lie together
+        hidden = self.model(self._batch(chunks), self._cache)
+        self._count(step)
+        self.scheduler.update(step)
+        ends = list(accumulate(chunk.num_tokens for chunk in chunks))
+        rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
+        seqs = [chunk.seq for chunk in chunks if chunk.samples]
+        done = self._append_tokens(seqs, self.model.logits(hidden[rows])) if seqs else []
+        self.stats.time_s += time.perf_counter() - started
+        return done
+
+    def _count(self, step: Step) -> None:
+        self.stats.num_steps += 1
+        self.stats.num_preempted += len(step.preempted)
+        for chunk in step.chunks:
+            seq = chunk.seq
+            self.stats.num_decode_tokens += chunk.samples
+            self.stats.num_prefill_tokens += max(0, min(chunk.end, seq.num_prompt_tokens) - chunk.start)
+
+    def _batch(self, chunks: list[Chunk]) -> PackedBatch:
+        """The chunks' tokens as one packed batch, with where each is written and read in the cache."""
+        size, device = self.cfg.block_size, self.model.device
+        ids, positions, slots = [], [], []
+        for chunk in chunks:
+            table = chunk.seq.block_table
+            span = range(chunk.start, chunk.end)
+            ids += chunk.seq.token_ids[chunk.start : chunk.end]
+            positions += span
+            slots += [table[p // size] * size + p % size for p in span]
+        lens = [chunk.num_tokens for chunk in chunks]
+        width = max(len(chunk.seq.block_table) for chunk in chunks)
+        tables = [chunk.seq.block_table + [0] * (width - len(chunk.seq.block_table)) for chunk in chunks]
+
+        def tensor(values: list, dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        paged = PagedMeta(
+            tensor(slots, torch.int64), tensor(tables, torch.int32), tensor([chunk.end for chunk in chunks], torch.int32)
+        )
+        cu = tensor([0, *accumulate(lens)], torch.int32)
+        adapters, at = [], 0
+        for name, group in groupby(chunks, key=lambda c: c.seq.request.adapter):
+            end = at + sum(chunk.num_tokens for chunk in group)
+            if name is not None:
+                adapters.append((name, at, end))
+            at = end
+        ids_t, positions_t = tensor(ids, torch.int64), tensor(positions, torch.int64)
+        return PackedBatch(ids_t, positions_t, cu, tuple(lens), tuple(adapters), paged)
+
+    def _append_tokens(self, seqs: list[Sequence], logits: Tensor) -> list[Completion]:
+        """Draw each sequence's next token; finish those that end with it."""
+        samples = [self._samples[seq.key] for seq in seqs]
+        tokens, logprobs = sampling.draw(logits, seqs, [s.key for s in samples], [s.ends for s in samples])
+        done = []
+        for i, (seq, sample, token, logprob) in enumerate(
+            zip(seqs, samples, tokens.tolist(), logprobs.tolist(), strict=True)
+        ):
+            params = seq.request.params
+            seq.token_ids.append(token)
+            if sample.logprobs is not None:
+                top = sampling.top_logprobs(logits[i], params.logprobs or 0)
+                sample.logprobs.append({"token_id": token, "logprob": logprob, "top": top})
+            sample.push(token)
+            if seq.num_output_tokens >= params.min_tokens and sample.stops(token):
+                done.append(self._finish(seq, sample, "stop"))
+            elif seq.num_output_tokens >= params.max_tokens:
+                done.append(self._finish(seq, sample, "length"))
+        return done
+
+    def _finish(self, seq: Sequence, sample: _Sample, reason: str) -> Completion:
+        self.scheduler.finish(seq, reason)
+        del self._samples[seq.key]
+        self.stats.num_cached_tokens += seq.num_cached_tokens
+        ids = seq.output_token_ids
+        if reason == "stop" and ids[-1] not in sample.ends:
+            text = sample.text  # cut before the stop string
+        else:
+            text = self.tokenizer.decode(ids[:-1] if reason == "stop" else ids)
+        return Completion(
+            seq.request.id, seq.sample, text, ids, reason, seq.num_prompt_tokens, seq.num_cached_tokens, sample.logprobs
+        )
+
+
+def _num_blocks(model: Transformer, cfg: SamplerConfig) -> int:
+    """Blocks that the memory set aside for the cache holds, and no more than max_num_seqs full contexts could use.
+
+    Unset, it is half of the free memory on the CPU and nine tenths on a GPU. Raises UserError where not one block fits.
+    """
+    block_bytes = KVCache.block_bytes(model.config, cfg.block_size, model.dtype)
+    if cfg.kv_cache_gib is not None:
+        limit = int(cfg.kv_cache_gib * 2**30)
+    elif model.device.type == "cuda":
+        limit = int(0.9 * torch.cuda.mem_get_info(model.device)[0])
+    else:
+        limit = _free_memory() // 2
+    if limit < block_bytes:
+        raise UserError(
+            f"A key/value cache of {limit / 2**30:.3f} GiB holds no block of {cfg.block_size} tokens, which takes "
+            f"{block_bytes / 2**20:.1f} MiB: raise sampler.kv_cache_gib or lower sampler.block_size."
+        )
+    return min(limit // block_bytes, cfg.max_num_seqs * -(-model.config.context_len // cfg.block_size))
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,96 @@
+"""From logits to tokens: penalties and masks, then the draw, with randomness keyed by request, sample and position."""
+
+from collections.abc import Sequence as Seq
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from isheep.model import ops
+from isheep.sampler.request import SamplingParams, Sequence
+
+_MASK64 = 2**64 - 1
+
+
+def stream_key(seed: int, request_id: str, sample: int) -> int:
+    """64 bits that name one sample's stream of random numbers."""
+    return int.from_bytes(blake2b(f"{seed}\0{request_id}\0{sample}".encode(), digest_size=8).digest(), "little")
+
+
+def uniform(key: int, position: int) -> float:
+    """The number in [0, 1) that draws a stream's token at `position`: splitmix64, so no state to keep or to resume."""
+    z = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+def draw(logits: Tensor, seqs: Seq[Sequence], keys: Seq[int], ends: Seq[frozenset[int]]) -> tuple[Tensor, Tensor]:
+    """One token for each sequence from its row of logits [B, V] -> tokens [B] int64, log-probabilities [B] fp32.
+
+    `keys` are the sequences' stream keys, `ends` their end tokens (kept out until min_tokens). The log-probabilities are the
+    model's own, before penalties, masks, temperature and truncation.
+    """
+    params = [seq.request.params for seq in seqs]
+    changed = [i for i, seq in enumerate(seqs) if _needs_change(seq)]
+    adjusted = logits
+    if changed:
+        adjusted = logits.float()
+        for i in changed:
+            _change(adjusted[i], seqs[i], ends[i])
+
+    def column(values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits.device)
+
+    tokens, logprobs = ops.sample(
+        adjusted,
+        column([p.temperature for p in params], torch.float32),
+        column([p.top_k for p in params], torch.int32),
+        column([p.top_p for p in params], torch.float32),
+        column([p.min_p for p in params], torch.float32),
+        column([uniform(k, seq.num_output_tokens) for k, seq in zip(keys, seqs, strict=True)], torch.float64),
+    )
+    asked = [i for i in changed if params[i].logprobs is not None]
+    if asked:
+        plain = logits[asked].float().log_softmax(-1)
+        logprobs[asked] = plain.gather(1, tokens[asked, None]).squeeze(1)
+    return tokens, logprobs
+
+
+def top_logprobs(logits: Tensor, k: int) -> list[list[float]]:
+    """The k most likely tokens of one row [V]: [[token id, log-probability], ...]."""
+    if k == 0:
+        return []
+    values, ids = logits.float().log_softmax(-1).topk(min(k, len(logits)))
+    return [[i, v] for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def _penalised(p: SamplingParams) -> bool:
+    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
+def _needs_change(seq: Sequence) -> bool:
+    p = seq.request.params
+    return _penalised(p) or p.allowed_token_ids is not None or seq.num_output_tokens < p.min_tokens
+
+
+def _change(row: Tensor, seq: Sequence, ends: frozenset[int]) -> None:
+    """Apply penalties and masks to one fp32 row [V], in place.
+
+    repetition: over prompt and output, positive logits divided and negative ones multiplied (CTRL). presence and frequency:
+    over the output, as OpenAI's API defines them.
+    """
+    p = seq.request.params
+    if p.repetition_penalty != 1:
+        seen = torch.tensor(seq.token_ids, device=row.device).unique()
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+    if seq.num_output_tokens and (p.presence_penalty or p.frequency_penalty):
+        seen, counts = torch.tensor(seq.output_token_ids, device=row.device).unique(return_counts=True)
+        row[seen] -= p.presence_penalty + p.frequency_penalty * counts
+    if p.allowed_token_ids is not None:
+        allowed = torch.tensor(p.allowed_token_ids, device=row.device)
+        kept = row[allowed]
+        row.fill_(-torch.inf)[allowed] = kept
+    if seq.num_output_tokens < p.min_tokens and ends:
+        row[torch.tensor(sorted(ends), device=row.device)] = -torch.inf
