@@ -40,16 +40,16 @@ class Template:
 
     def _check(self, messages: Sequence[Mapping[str, str]]) -> None:
         if not messages:
-            raise UserError("A conversation needs at least one message, but the list is empty.")
+            raise UserError("a conversation needs at least one message, but the list is empty.")
         for message in messages:
             if message.get("role") not in self.turns:
                 role = str(message.get("role"))
-                raise UserError(f'A message has the role "{role}".{did_you_mean(role, self.turns)}')
+                raise UserError(f'a message has the role "{role}".{did_you_mean(role, self.turns)}')
             content = message.get("content")
             if not isinstance(content, str) or not content.strip():
-                raise UserError(f'A message of role "{message["role"]}" has no text: give it some as "content".')
+                raise UserError(f'a message of role "{message["role"]}" has no text: give it some as "content".')
         if messages[-1]["role"] != "user":
-            raise UserError(f'The last message is of role "{messages[-1]["role"]}": end with one of role "user".')
+            raise UserError(f'the last message is of role "{messages[-1]["role"]}": end with one of role "user".')
 
     def end_token_id(self, tokenizer: Tokenizer) -> int:
         """The token that a trained response ends with."""
@@ -58,7 +58,7 @@ class Template:
         token_id = tokenizer.token_id(self.end_token)
         if token_id is None:
             raise UserError(
-                f'Template "{self.name}" ends a response with "{self.end_token}", which this model\'s tokenizer does '
+                f'template "{self.name}" ends a response with "{self.end_token}", which this model\'s tokenizer does '
                 "not have: choose the template that the model was trained with."
             )
         return token_id
@@ -140,5 +140,5 @@ TEMPLATES: dict[str, Template] = {
 def template(name: str) -> Template:
     """The template called `name`; UserError with the nearest name where there is none."""
     if name not in TEMPLATES:
-        raise UserError(f'There is no template "{name}".{did_you_mean(name, TEMPLATES)}')
+        raise UserError(f'there is no template "{name}".{did_you_mean(name, TEMPLATES)}')
     return TEMPLATES[name]
