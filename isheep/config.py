@@ -159,6 +159,7 @@ class TrainConfig:
     max_samples: int = 3000
     val_share: float = 0.1
     eval_steps: int = 100
+    checkpoint_steps: int = 25  # what a kill costs at most; no result depends on it
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -167,7 +168,7 @@ class TrainConfig:
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at once
 
     def __post_init__(self) -> None:
-        at_least_1 = "r alpha batch_size micro_batch_tokens cutoff max_samples eval_steps loss_chunk_tokens"
+        at_least_1 = "r alpha batch_size micro_batch_tokens cutoff max_samples eval_steps checkpoint_steps loss_chunk_tokens"
         for name in at_least_1.split():
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "epochs", "max_grad_norm", "eps"):
