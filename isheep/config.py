@@ -168,8 +168,8 @@ class TrainConfig:
     loss_chunk_tokens: int = 1024  # tokens whose logits exist at once
 
     def __post_init__(self) -> None:
-        at_least_1 = "r alpha batch_size micro_batch_tokens cutoff max_samples eval_steps checkpoint_steps loss_chunk_tokens"
-        for name in at_least_1.split():
+        steps, tokens = "eval_steps checkpoint_steps", "cutoff micro_batch_tokens loss_chunk_tokens"
+        for name in f"r alpha batch_size max_samples {steps} {tokens}".split():
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("learning_rate", "epochs", "max_grad_norm", "eps"):
             _require(self, name, getattr(self, name) > 0, "above 0")

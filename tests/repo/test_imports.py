@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     ("run",),
     ("iterate", "plan", "report", "export"),
+    ("session",),
+    ("summary",),
     ("stages",),
     ("sampler", "train", "filter", "eval", "score"),
     ("cli",),
