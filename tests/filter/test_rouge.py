@@ -59,6 +59,12 @@ def test_a_growing_pool_gives_what_a_new_one_gives():
     assert len(pool) == 120
 
 
+def test_a_carry_runs_through_a_word_without_matches():
+    # "x" in the first and the third machine word: one candidate token can match only one of them.
+    member = " ".join(["a"] * 63 + ["x"] + ["b"] * 64 + ["x"])
+    assert pool_of([member]).similarities("x").tolist() == [2 * 1 / (129 + 1)]
+
+
 def test_exactly_the_threshold_is_not_above_it():
     (f,) = pool_of(["a b c d e f g h i j"]).similarities("a b c d e f g x y z")
     assert f == 0.7
