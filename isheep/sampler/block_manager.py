@@ -1,18 +1,18 @@
 """Who owns which block of the paged key/value cache.
 
-The cache is `num_blocks` blocks of `block_size` token slots. A block is an int; its tensors are the engine's affair. At any
-moment a block is in exactly one state:
+The cache is `num_blocks` blocks of `block_size` token slots. A block is an int; its tensors are the engine's affair.
+At any moment a block is in exactly one state:
 
     held    in the block table of one or more sequences (reference count > 0)
-    cached  in none, but its contents are registered under a key and can be found again; evicted when space is needed,
-            least recently freed first, and of one sequence's blocks the last first, since a prefix is useless without its head
+    cached  in none, but its contents are registered under a key and can be found again. Evicted when space is needed:
+            least recently freed first, and of one sequence's blocks the last first, as none is of use without its head
     free    in none, contents meaningless
 
-A block's key is a chained 128-bit digest: of the key before it and its own tokens, with the sequence's salt at the root. Equal
-keys mean the same tokens at the same positions after the same history, computed by the same adapter in the same version.
+A block's key is a chained 128-bit digest: of the key before it and its own tokens, with the sequence's salt at the root.
+Equal keys mean the same tokens at the same positions after the same history, by the same adapter in the same version.
 
-Only full, computed blocks are ever shared, and these are never written again; so a sequence that goes on from another's partly
-filled block gets a copy of that block (`fork`), and no block has to be copied later.
+Only full, computed blocks are ever shared, and these are never written again; so a sequence that goes on from another's
+partly filled block gets a copy of that block (`fork`), and no block has to be copied later.
 """
 
 from array import array
@@ -28,8 +28,8 @@ from isheep.sampler.request import Sequence
 class Prefix:
     """Tokens of a sequence that are in the cache already.
 
-    The first `num_tokens` tokens lie in `blocks`, all of them full, and, if the last tokens are in a partly used block of
-    another sequence, in `copy_from`, whose contents must be copied into the block that follows.
+    The first `num_tokens` tokens lie in `blocks`, all of them full, and, if the last tokens are in a partly used block
+    of another sequence, in `copy_from`, whose contents must be copied into the block that follows.
     """
 
     num_tokens: int = 0
@@ -69,18 +69,17 @@ class BlockManager:
         return 1 - self.num_free_blocks / self.num_blocks
 
     def match(self, seq: Sequence) -> Prefix:
-        """The longest registered prefix of `seq` in full blocks, leaving at least one token to compute. Takes nothing."""
+        """The longest registered prefix of `seq` in full blocks that leaves a token to compute. Takes nothing."""
         blocks: list[int] = []
-        if self.prefix_caching:
-            for i in range((seq.num_tokens - 1) // self.block_size):
-                block = self._block.get(self._key_of(seq, i))
-                if block is None:
-                    break
-                blocks.append(block)
+        for i in range((seq.num_tokens - 1) // self.block_size):
+            block = self._block.get(self._key_of(seq, i))
+            if block is None:
+                break
+            blocks.append(block)
         return Prefix(len(blocks) * self.block_size, blocks)
 
     def fork(self, parent: Sequence, child: Sequence) -> Prefix:
-        """What `child`, another sample of the same prompt, can share of `parent`, whose prompt is computed. Takes nothing.
+        """What `child` can share of `parent`, a sample of the same prompt that has computed it. Takes nothing.
 
         That is the prompt; without its last token if the child has no output yet, because it draws its first token from
         that one. Works without prefix caching, and down to the token, not to the full block.
@@ -106,15 +105,14 @@ class BlockManager:
         for block in prefix.blocks:
             self._cached.pop(block, None)
             self._num_refs[block] += 1
-        seq.num_committed_blocks += len(prefix.blocks)
         seq.block_table += prefix.blocks
         seq.block_table += [self._take() for _ in range(num_new)]
         return True
 
     def commit(self, seq: Sequence) -> None:
-        """Register the blocks of `seq` that its computed tokens have filled since the last call.
+        """Register the blocks of `seq` that its computed tokens have filled since the last call, if prefixes are cached.
 
-        Where another block with the same contents is registered, that one stays, and the sequence keeps its own unregistered.
+        Where another block with the same contents is registered, that one stays; the sequence keeps its own, unregistered.
         """
         num_full = seq.num_computed_tokens // self.block_size
         if self.prefix_caching:

@@ -63,9 +63,9 @@ _RULES: dict[str, tuple[Callable[[object], bool], str]] = {
 class SamplingParams:
     """How the tokens of one request are drawn and when they end.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties 1, 0, 0 are off. `logprobs` k returns the log-probability
-    of each sampled token and those of the k most probable ones. `seed` replaces the sampler's own seed for this request.
-    Lists are taken as tuples and one stop string as a tuple of it. A bad value raises UserError.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties 1, 0, 0 are off. `logprobs` k returns the
+    log-probability of each sampled token and those of the k most probable ones. `seed` replaces the sampler's own seed
+    for this request. Lists are taken as tuples and one stop string as a tuple of it. A bad value raises UserError.
     """
 
     n: int = 1
@@ -160,7 +160,7 @@ class Sequence:
     arrival              position in the order of all sequences ever added
     salt                 what the keys and values depend on besides the tokens: adapter and its version
     block_keys           names of the full blocks of `token_ids` under `salt`, as far as they were needed (BlockManager)
-    num_committed_blocks how many blocks of block_table are registered for reuse (BlockManager)
+    num_committed_blocks how many blocks of block_table were looked at for registration (BlockManager)
     """
 
     request: Request

@@ -1,18 +1,19 @@
 """What the engine computes next: continuous batching with chunked prefill, preemption and n samples per prompt.
 
-Each step takes up to `max_num_batched_tokens` tokens: first one token of every sequence that decodes, then more of the prompts
-that are partly computed, then newly admitted sequences, each group in order of arrival. Three rules keep the cache sound:
+Each step takes up to `max_num_batched_tokens` tokens: first one token of every sequence that decodes, then more of the
+prompts that are partly computed, then newly admitted sequences, each group in order of arrival. Three rules keep it sound:
 
-Admission. A sequence is given all blocks of its present tokens at once, so prefill never runs out of blocks half-way. It is
-    admitted only if thereafter one more block is left for each running sequence to grow into.
-Preemption. If a decoding sequence finds no block to grow into, the latest arrival among the running ones gives up its blocks
-    and waits again, ahead of all later arrivals; its keys and values are recomputed, its tokens stay. The earliest running
-    sequence is never a victim while others run, so there is always progress; alone, every sequence fits (`add` sees to it).
-Samples. Of a request's n samples the first computes the prompt and the others wait for it; they then share its full blocks, copy
-    the partly filled one, and compute the prompt's last token again to draw their own first token from it. If no sample that
-    holds the prompt is left (preempted or finished), the next in line computes it for the rest in the same way.
+Admission. A sequence is given all blocks of its present tokens at once, so prefill never runs out of blocks half-way. It
+    is admitted only if thereafter one more block is left for each running sequence to grow into.
+Preemption. If a decoding sequence finds no block to grow into, the latest arrival among the running ones gives up its
+    blocks and waits again, ahead of all later arrivals; its tokens stay, its keys and values are computed again. The
+    earliest one is never a victim while others run, so there is always progress; alone, each fits (`add` sees to it).
+Samples. Of a request's n samples the first computes the prompt and the others wait for it; they then share its full
+    blocks, copy the partly filled one, and compute the prompt's last token again to draw their own first token from it.
+    If no sample that holds the prompt is left (all were preempted), the next in line computes it for the others.
 
-A sequence whose salt (adapter and version) changes while it runs gives up its blocks too: keys and values never mix versions.
+A sequence whose salt (adapter and version) changes while it runs gives up its blocks too: keys and values never mix
+versions.
 """
 
 import heapq
@@ -29,7 +30,7 @@ from isheep.sampler.request import Request, Sequence, Status
 
 @dataclass(frozen=True)
 class Chunk:
-    """Compute tokens start … start+num_tokens-1 of `seq`; `samples` if its next token is then drawn from the last of them."""
+    """Compute tokens start … start+num_tokens-1 of `seq`; `samples`: draw its next token from the last of them."""
 
     seq: Sequence
     start: int
@@ -58,7 +59,7 @@ class Step:
 class _Group:
     """The samples of one request.
 
-    held     waiting samples that are out of the queue until a running one has computed the prompt
+    held     waiting samples that are out of the queue until the prompt is computed by another, running or queued
     holders  sample -> sequence with the computed prompt in its blocks: running, or finished and departing
     """
 
@@ -81,10 +82,10 @@ class Scheduler:
                     if it ends here: scheduler.finish(chunk.seq, reason)
 
     The engine appends exactly one token for each such chunk, after `update`, and must finish a sequence with its
-    max_tokens-th output token at the latest. `add` and `abort` are for any time but between `schedule` and `update`; when a
-    step fails there, `abort` what is left and drop the step.
-    `salt(adapter name or None)` is what keys and values depend on besides the tokens, with a unique repr: None for the base model,
-    (name, version) for an adapter.
+    max_tokens-th output token at the latest. `add` and `abort` are for any time but between `schedule` and `update`; when
+    a step fails there, `abort` what is left and drop the step.
+    `salt(adapter name or None)` is what keys and values depend on besides the tokens, with a unique repr: None for the
+    base model, (name, version) for an adapter.
     """
 
     def __init__(
@@ -122,14 +123,14 @@ class Scheduler:
     # ---- requests come and go ----
 
     def add(self, request: Request) -> list[Sequence]:
-        """Queue the request's n samples. UserError if one of them could outgrow the whole cache, or the id is in use."""
+        """Queue the request's n samples. UserError if one of them could outgrow the cache, or the id is in use."""
         num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         if request.id in self._groups:
             raise UserError(f'Two requests have the id "{request.id}" at the same time; give each its own.')
         if num_prompt + max_tokens > self.blocks.capacity:
             raise UserError(
                 f'Request "{request.id}" may take {num_prompt + max_tokens} tokens ({num_prompt} of prompt, max_tokens '
-                f"{max_tokens}), but the whole cache holds {self.blocks.capacity}; raise kv_cache_gib or lower max_tokens."
+                f"{max_tokens}), but the cache holds {self.blocks.capacity}; raise kv_cache_gib or lower max_tokens."
             )
         members = [Sequence(request, sample, next(self._arrivals)) for sample in range(request.params.n)]
         self._groups[request.id] = _Group(members, Counter({Status.WAITING: len(members)}))
@@ -141,7 +142,8 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: str) -> None:
         """A running sequence has its last token."""
         group = self._groups[seq.request.id]
-        is_wanted = group.num[Status.WAITING] > 0 and seq.sample in group.holders
+        assert seq.sample in group.holders, f"{seq.key} ends before its prompt is computed"
+        is_wanted = group.num[Status.WAITING] > 0
         self._leave(seq, Status.FINISHED)
         seq.finish_reason = reason
         if is_wanted:
@@ -153,7 +155,7 @@ class Scheduler:
             del self._groups[seq.request.id]
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """Finish what is left of a request with the reason "abort" and return it; nothing for an id not known (any more)."""
+        """Finish what is left of a request, with the reason "abort", and return it; [] for an id that is not active."""
         group = self._groups.pop(request_id, None)
         if group is None:
             return []
@@ -174,12 +176,11 @@ class Scheduler:
         """Choose the next step's chunks and give them their blocks. Not empty while there is work."""
         step = Step()
         self._requeue_stale(step)
-        out_of_blocks = not self._schedule_decodes(step)
+        self._schedule_decodes(step)
         for seq in self.running:
             if seq.num_tokens - seq.num_computed_tokens > 1:
                 self._add_chunk(step, seq)
-        if not out_of_blocks:
-            self._admit_waiting(step)
+        self._admit_waiting(step)
         self._free_departing()
         assert step.chunks or not self.has_work, "work, but nothing to compute"
         return step
@@ -194,26 +195,33 @@ class Scheduler:
             if chunk.end >= seq.num_prompt_tokens:
                 group = self._groups[seq.request.id]
                 group.holders[seq.sample] = seq
-                self._release(group)
+                for other in group.held:
+                    heapq.heappush(self._queue, (other.arrival, other))
+                group.held.clear()
 
     def _requeue_stale(self, step: Step) -> None:
         for seq in [seq for seq in self.running if seq.salt != self._salt(seq.request.adapter)]:
             self._preempt(seq, step)
 
-    def _schedule_decodes(self, step: Step) -> bool:
-        """One token of each sequence that has one to compute. False if one of them had to be preempted for want of blocks."""
+    def _schedule_decodes(self, step: Step) -> None:
+        """One token of each running sequence that has one left to compute; late arrivals may have to go for it."""
         for seq in list(self.running):
-            if seq.status is Status.RUNNING and seq.num_tokens - seq.num_computed_tokens == 1:
-                while step.num_tokens < self.max_num_batched_tokens and not self.blocks.allocate(seq, seq.num_tokens):
-                    if self._departing:
-                        self._free_departing()
-                        continue
-                    victim = self.running[-1]
-                    assert len(self.running) > 1, f"{seq.key} outgrew the cache alone: finish it at max_tokens"
-                    self._preempt(victim, step)
-                    if victim is seq:
-                        return False
+            if step.num_tokens == self.max_num_batched_tokens:
+                break
+            if seq.status is Status.RUNNING and seq.num_tokens - seq.num_computed_tokens == 1 and self._grow(seq, step):
                 self._add_chunk(step, seq)
+
+    def _grow(self, seq: Sequence, step: Step) -> bool:
+        """See that `seq` has a slot for its last token. False if it was itself preempted, being the latest arrival."""
+        while not self.blocks.allocate(seq, seq.num_tokens):
+            if self._departing:
+                self._free_departing()
+                continue
+            assert len(self.running) > 1, f"{seq.key} outgrew the cache alone: finish it at max_tokens"
+            victim = self.running[-1]
+            self._preempt(victim, step)
+            if victim is seq:
+                return False
         return True
 
     def _admit_waiting(self, step: Step) -> None:
@@ -272,15 +280,7 @@ class Scheduler:
         assert seq.status is Status.RUNNING, f"{seq.key} is {seq.status}, not running"
         self.running.remove(seq)
         self._set_status(seq, status)
-        group = self._groups[seq.request.id]
-        group.holders.pop(seq.sample, None)
-        self._release(group)
-
-    def _release(self, group: _Group) -> None:
-        """Back to the queue with the samples that waited for another: it has computed the prompt, or it never will."""
-        for seq in group.held:
-            heapq.heappush(self._queue, (seq.arrival, seq))
-        group.held.clear()
+        self._groups[seq.request.id].holders.pop(seq.sample, None)
 
     def _free_departing(self) -> None:
         for seq in self._departing:
@@ -311,8 +311,10 @@ class Scheduler:
             assert not seq.block_table and seq.num_computed_tokens == 0, f"{seq.key} waits with blocks"
         for group in self._groups.values():
             assert +group.num == Counter(seq.status for seq in group.members), "counts of a group"
-            computing = [s for s in group.members if s.status is Status.RUNNING and s.sample not in group.holders]
-            assert not group.held or (computing and not group.holders), "held for nobody"
+            assert not group.held or not group.holders, "held, though the prompt is computed"
+            assert not group.held or group.num[Status.RUNNING] + group.num[Status.WAITING] > len(group.held), (
+                "held for nobody"
+            )
             for holder in group.holders.values():
                 assert holder in self.running or holder in self._departing, f"{holder.key} does not hold the prompt"
                 assert holder.num_computed_tokens >= holder.num_prompt_tokens
