@@ -1,0 +1,102 @@
+"""Each kept instruction is answered once, through the template of the model that answers; rules drop pairs."""
+
+from pathlib import Path
+
+import pytest
+
+from isheep.config import AnswerConfig
+from isheep.sampler.request import Request
+from isheep.stages import Iteration, read_sealed
+from isheep.stages.answer import answer
+from isheep.text.templates import template
+from isheep.text.tokenizer import Tokenizer
+from tests.scripted import ScriptedSampler, Stopped, folder_bytes, iteration, sealed, stopping, tiny_tokenizer, words
+
+
+def instructions(n: int = 9) -> list[dict]:
+    """Every third one was dropped by the stage before."""
+    return [
+        {
+            "id": f"iter1/0.{i}",
+            "instruction": words(f"i{i}", 6),
+            "input": "" if i % 2 else words(f"in{i}", 4),
+            "most_similar": [],
+        }
+        | ({"verdict": "dropped", "reason": "similar"} if i % 3 == 2 else {"verdict": "kept", "reason": None})
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def it(tmp_path: Path) -> Iteration:
+    return written(iteration(tmp_path))
+
+
+def written(it: Iteration) -> Iteration:
+    sealed(it.file("instructions.jsonl"), instructions())
+    return it
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return tiny_tokenizer(tmp_path / "tokenizer")
+
+
+def test_the_kept_ones_are_answered_in_their_order(it: Iteration, tokenizer: Tokenizer) -> None:
+    answer(it, ScriptedSampler(shuffle=3).stream, tokenizer, AnswerConfig())
+    rows = read_sealed(it.file("answers.jsonl"))
+    assert [row["id"] for row in rows] == [f"iter1/0.{i}" for i in (0, 1, 3, 4, 6, 7)]
+    assert rows[0]["output"] == words("iter1/0.0/answer", 12) + "."
+    assert rows[0]["verdict"] == "kept" and rows[0]["num_output_tokens"] == 12
+
+
+def test_rules_drop_pairs_with_a_reason(it: Iteration, tokenizer: Tokenizer) -> None:
+    def play(request: Request) -> str:
+        return {"iter1/0.0/answer": "", "iter1/0.1/answer": "User: and now?"}.get(request.id, "Fine.")
+
+    answer(it, ScriptedSampler(play).stream, tokenizer, AnswerConfig())
+    reasons = [row["reason"] for row in read_sealed(it.file("answers.jsonl"))]
+    assert reasons == ["empty_output", "role_label", None, None, None, None]
+
+
+def test_base_is_asked_in_raw_text_and_a_tuned_model_in_its_format(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    base, tuned = ScriptedSampler(), ScriptedSampler()
+    answer(written(iteration(tmp_path / "a")), base.stream, tokenizer, AnswerConfig())
+    it = written(iteration(tmp_path / "b", template=template("chatml"), adapter="iter0"))
+    answer(it, tuned.stream, tokenizer, AnswerConfig(temperature=0.5, max_tokens=7))
+    row = instructions()[0]
+    assert base.seen[0].adapter is None and tuned.seen[0].adapter == "iter0"
+    assert tokenizer.decode(list(base.seen[0].prompt_token_ids)) == f"{row['instruction']}\n{row['input']}\n"
+    assert list(tuned.seen[0].prompt_token_ids) == tokenizer.encode(
+        it.template.prompt(row["instruction"], row["input"])
+    )
+    assert tuned.seen[0].params.temperature == 0.5 and tuned.seen[0].params.max_tokens == 7
+
+
+def test_stopped_anywhere_it_asks_only_what_is_left(tmp_path: Path, it: Iteration, tokenizer: Tokenizer) -> None:
+    answer(it, ScriptedSampler().stream, tokenizer, AnswerConfig())
+    whole = folder_bytes(it.folder)
+    for after in range(6):
+        again = written(iteration(tmp_path / f"stopped{after}"))
+        with pytest.raises(Stopped):
+            answer(again, stopping(ScriptedSampler(shuffle=after), after), tokenizer, AnswerConfig())
+        rest = ScriptedSampler()
+        answer(again, rest.stream, tokenizer, AnswerConfig())
+        assert len(rest.seen) == 6 - after
+        assert folder_bytes(again.folder) == whole
+
+
+def test_an_instruction_longer_than_the_context_is_dropped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = instructions(2)
+    rows[0]["instruction"] = words("long", 400)
+    it = iteration(tmp_path, context_len=512)
+    sealed(it.file("instructions.jsonl"), rows)
+    answer(it, ScriptedSampler().stream, tokenizer, AnswerConfig())
+    assert [row["reason"] for row in read_sealed(it.file("answers.jsonl"))] == ["exceeds_context", None]
+
+
+def test_nothing_to_answer_is_an_empty_result(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    it = iteration(tmp_path)
+    sealed(it.file("instructions.jsonl"), [])
+    answer(it, ScriptedSampler().stream, tokenizer, AnswerConfig())
+    assert read_sealed(it.file("answers.jsonl")) == []

@@ -1,0 +1,154 @@
+"""Instructions are sampled until enough are kept, judged in prompt order, and the same bytes however it went."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from isheep.config import InstructConfig, UserError
+from isheep.stages import kept, read_sealed
+from isheep.stages.instruct import instruct
+from isheep.text.tokenizer import Tokenizer
+from tests.scripted import ScriptedSampler, Stopped, folder_bytes, items, iteration, seed_rows, stopping, tiny_tokenizer
+
+CFG = InstructConfig(data_size=11, num_in_context=3)
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    return tiny_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    return write_seeds(tmp_path / "seeds.jsonl", seed_rows())
+
+
+def write_seeds(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def play(request: object) -> str:
+    return items(request.id, first=4)  # type: ignore[attr-defined]
+
+
+def run(tmp_path: Path, seeds: Path, tokenizer: Tokenizer, sampler: ScriptedSampler, cfg: InstructConfig = CFG) -> Path:
+    it = iteration(tmp_path)
+    instruct(it, sampler.stream, tokenizer, seeds, [], cfg)
+    return it.folder
+
+
+def test_exactly_data_size_are_kept_and_the_dropped_ones_stay_in_the_file(
+    tmp_path: Path, seeds: Path, tokenizer: Tokenizer
+) -> None:
+    folder = run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+    rows = read_sealed(folder / "instructions.jsonl")
+    assert len(kept(rows)) == 11
+    assert rows[-1]["verdict"] == "kept"  # nothing is read beyond the last one needed
+    assert {row["reason"] for row in rows if row["verdict"] == "dropped"} == {"too_short"}
+    first = kept(rows)[0]
+    assert rows[0]["id"] == "iter1/0.0" and len(first["most_similar"]) == 8  # as many as the pool had
+    assert first["most_similar"][0][1] >= first["most_similar"][-1][1] and 0 < first["mean_similarity"] < 1
+    completions = read_sealed(folder / "completions.jsonl")
+    assert [row["prompt"] for row in completions] == list(range(len(completions)))
+    assert rows[-1]["id"].startswith(f"iter1/{len(completions) - 1}.")
+
+
+def test_each_prompt_shows_its_own_seeds(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    sampler = ScriptedSampler(play)
+    folder = run(tmp_path, seeds, tokenizer, sampler)
+    shown = [row["examples"] for row in read_sealed(folder / "completions.jsonl")]
+    assert all(len(set(ids)) == 3 for ids in shown)
+    assert len({tuple(ids) for ids in shown}) > 1
+    prompt = tokenizer.decode(list(next(r for r in sampler.seen if r.id == "iter1/instruct/0").prompt_token_ids))
+    texts = {row["id"]: row["instruction"] for row in seed_rows()}
+    assert all(texts[i] in prompt for i in shown[0]) and prompt.endswith("4. Instruction:")
+
+
+def test_the_bytes_do_not_depend_on_the_order_of_arrival(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    results = [
+        folder_bytes(run(tmp_path / str(i), seeds, tokenizer, ScriptedSampler(play, batch, shuffle=i)))
+        for i, batch in enumerate((1, 3, 8, 20))
+    ]
+    assert all(result == results[0] for result in results)
+
+
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    whole = folder_bytes(run(tmp_path / "whole", seeds, tokenizer, ScriptedSampler(play)))
+    for after in range(5):
+        it = iteration(tmp_path / f"stopped{after}")
+        asked = []
+        for attempt in range(20):
+            sampler = ScriptedSampler(play, batch=5, shuffle=attempt)
+            try:
+                instruct(it, stopping(sampler, after + attempt // 2), tokenizer, seeds, [], CFG)
+                break
+            except Stopped:
+                done = (it.folder / "completions.jsonl.part").read_bytes().split(b"\n")[1:-1]
+                keys = {json.loads(line)["key"] for line in done}
+                assert keys >= set(asked)  # no finished completion is lost
+                asked = sorted(keys)
+        assert folder_bytes(it.folder) == whole
+
+
+def test_a_finished_stage_samples_nothing(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+    again = ScriptedSampler(play)
+    run(tmp_path, seeds, tokenizer, again)
+    assert again.seen == []
+
+
+def test_max_prompts_goes_on_with_less(
+    tmp_path: Path, seeds: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = ScriptedSampler(play)
+    folder = run(tmp_path, seeds, tokenizer, sampler, InstructConfig(data_size=50, num_in_context=3, max_prompts=3))
+    assert 0 < len(kept(read_sealed(folder / "instructions.jsonl"))) < 50
+    assert len(read_sealed(folder / "completions.jsonl")) == len(sampler.seen) == 3
+    assert "max_prompts = 3" in caplog.text
+
+
+def test_what_an_earlier_iteration_kept_is_not_kept_again(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    first = run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+
+    def same(request: object) -> str:
+        return items(request.id.replace("iter2", "iter1"), first=4)  # type: ignore[attr-defined]
+
+    it = iteration(tmp_path, number=2)
+    cfg = InstructConfig(data_size=11, num_in_context=3, max_prompts=3)
+    instruct(it, ScriptedSampler(same).stream, tokenizer, seeds, [first / "instructions.jsonl"], cfg)
+    rows = read_sealed(it.file("instructions.jsonl"))
+    assert rows and {row["reason"] for row in rows} == {"similar", "too_short"}
+    similar = next(row for row in rows if row["reason"] == "similar")
+    assert similar["most_similar"][0] == [similar["id"].replace("iter2", "iter1"), 1.0]
+
+
+def test_no_item_at_all_is_an_empty_result(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    cfg = InstructConfig(num_in_context=3, max_prompts=2)
+    folder = run(tmp_path, seeds, tokenizer, ScriptedSampler(lambda _: "no list"), cfg)
+    assert read_sealed(folder / "instructions.jsonl") == []
+
+
+def test_malformed_seed_rows_are_skipped_and_counted(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    seeds = write_seeds(tmp_path / "s.jsonl", [*seed_rows(4), {"id": "x"}, {"instruction": 3}])
+    run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+    assert "skipped 2 malformed rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [(seed_rows(2), "has 2 seed tasks, but each prompt shows 3"), ([{"id": "x"}, {"no": 1}], "none of the 2 rows")],
+)
+def test_too_few_seeds_stop_the_run(tmp_path: Path, tokenizer: Tokenizer, rows: list, words: str) -> None:
+    seeds = write_seeds(tmp_path / "s.jsonl", rows)
+    with pytest.raises(UserError, match=words):
+        run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+
+
+def test_other_settings_are_refused(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+    with pytest.raises(UserError, match=r"temperature \(1.0, now 0.5\)"):
+        run(tmp_path, seeds, tokenizer, ScriptedSampler(play), InstructConfig(11, 3, temperature=0.5))
