@@ -1,0 +1,33 @@
+import pytest
+import torch
+from isheep.model import ops
+from isheep_kernels.rms_norm import rms_norm_ref
+
+from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
+
+EPS = 1e-5
+
+
+@needs_compiler
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (37, 5, 16), (29, 80), (131, 577)], ids=str)
+def test_value_and_gradient(shape, dtype):
+    x, w, dy = randn(*shape, seed=0, dtype=dtype), randn(shape[-1], seed=1, dtype=dtype), randn(*shape, seed=2, dtype=dtype)
+    y, dx = value_and_gradient(ops.rms_norm, x, w, dy)
+    ref = value_and_gradient(rms_norm_ref, x, w, dy)
+    truth = value_and_gradient(rms_norm_ref, x.double(), w.double(), dy.double())
+    assert_as_good_as(y, ref[0], truth[0])
+    assert_as_good_as(dx, ref[1], truth[1])
+
+
+@needs_compiler
+def test_rows_that_are_not_contiguous():
+    x, w = randn(10, 12, seed=0).t(), randn(10, seed=1)
+    assert torch.allclose(ops.rms_norm(x, w, EPS), rms_norm_ref(x, w, EPS), atol=1e-6)
+
+
+def value_and_gradient(function, x, w, dy):
+    x = x.clone().requires_grad_()
+    y = function(x, w, EPS)
+    y.backward(dy)
+    return y.detach(), x.grad
