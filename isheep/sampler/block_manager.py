@@ -8,7 +8,7 @@ At any moment a block is in exactly one state:
             least recently freed first, and of one sequence's blocks the last first, as none is of use without its head
     free    in none, contents meaningless
 
-A block's key is a chained 128-bit digest: of the key before it and its own tokens, with the sequence's salt at the root.
+A block's key is a chained 128-bit digest: of the key before it and its own tokens, the sequence's salt at the root.
 Equal keys mean the same tokens at the same positions after the same history, by the same adapter in the same version.
 
 Only full, computed blocks are ever shared, and these are never written again; so a sequence that goes on from another's
@@ -110,9 +110,9 @@ class BlockManager:
         return True
 
     def commit(self, seq: Sequence) -> None:
-        """Register the blocks of `seq` that its computed tokens have filled since the last call, if prefixes are cached.
+        """Register the blocks that the computed tokens of `seq` filled since the last call, if prefixes are cached.
 
-        Where another block with the same contents is registered, that one stays; the sequence keeps its own, unregistered.
+        Where another block with the same contents is registered, that one stays; the sequence's own stays unregistered.
         """
         num_full = seq.num_computed_tokens // self.block_size
         if self.prefix_caching:

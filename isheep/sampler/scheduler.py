@@ -1,10 +1,10 @@
 """What the engine computes next: continuous batching with chunked prefill, preemption and n samples per prompt.
 
 Each step takes up to `max_num_batched_tokens` tokens: first one token of every sequence that decodes, then more of the
-prompts that are partly computed, then newly admitted sequences, each group in order of arrival. Three rules keep it sound:
+prompts that are partly computed, then newly admitted sequences, each group in order of arrival. The rules:
 
-Admission. A sequence is given all blocks of its present tokens at once, so prefill never runs out of blocks half-way. It
-    is admitted only if thereafter one more block is left for each running sequence to grow into.
+Admission. A sequence is given all blocks of its present tokens at once, so prefill never runs out of blocks half-way.
+    It is admitted only if thereafter one more block is left for each running sequence to grow into.
 Preemption. If a decoding sequence finds no block to grow into, the latest arrival among the running ones gives up its
     blocks and waits again, ahead of all later arrivals; its tokens stay, its keys and values are computed again. The
     earliest one is never a victim while others run, so there is always progress; alone, each fits (`add` sees to it).
@@ -82,8 +82,8 @@ class Scheduler:
                     if it ends here: scheduler.finish(chunk.seq, reason)
 
     The engine appends exactly one token for each such chunk, after `update`, and must finish a sequence with its
-    max_tokens-th output token at the latest. `add` and `abort` are for any time but between `schedule` and `update`; when
-    a step fails there, `abort` what is left and drop the step.
+    max_tokens-th output token at the latest. `add` and `abort` are for any time but between `schedule` and `update`;
+    when a step fails there, `abort` what is left and drop the step.
     `salt(adapter name or None)` is what keys and values depend on besides the tokens, with a unique repr: None for the
     base model, (name, version) for an adapter.
     """

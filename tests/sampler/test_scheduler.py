@@ -185,6 +185,16 @@ def test_a_prompt_longer_than_the_budget_is_computed_in_chunks() -> None:
     assert not engine.scheduler.has_work
 
 
+def test_sequences_beyond_the_budget_take_no_blocks() -> None:
+    engine = PretendEngine(64)
+    first, second = (engine.add(request(id, 4))[0] for id in "ab")
+    engine.step()
+    engine.scheduler.max_num_batched_tokens = 1
+    assert chunks_of(engine.step()) == [("a", 0, 4, 1)]
+    assert (len(first.block_table), len(second.block_table)) == (2, 1)
+    engine.run()
+
+
 def test_no_more_than_max_num_seqs_run() -> None:
     engine = PretendEngine(64, max_num_seqs=3)
     for i in range(5):
