@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
+
 from isheep.model.batch import PackedBatch, PagedMeta
 
 
@@ -15,7 +16,9 @@ def scattered_blocks(context_lens: Sequence[int], block_size: int, num_blocks: i
     return [[free.pop() for _ in range(-(-length // block_size))] for length in context_lens]
 
 
-def paged_batch(chunks: Sequence[tuple[Sequence[int], int]], blocks: Sequence[Sequence[int]], block_size: int) -> PackedBatch:
+def paged_batch(
+    chunks: Sequence[tuple[Sequence[int], int]], blocks: Sequence[Sequence[int]], block_size: int
+) -> PackedBatch:
     """chunks: (token ids, first position) of each sequence in this batch; blocks: its block table.
 
     Places of a table that the sequence does not need yet point to block 0, which tests fill with NaN.

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from isheep.config import UserError
 from isheep.model import ops
 from isheep_kernels import cpu
 from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
-
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 from tests.paging import paged_batch, scattered_blocks
 
@@ -18,7 +18,7 @@ HEADS = {"mha": (3, 3), "gqa3": (9, 3), "gqa7": (7, 1)}
 
 
 def problem(heads, head_dim, block_size, dtype, chunks=CHUNKS):
-    """q [T, H, D] and each sequence's whole k, v [length, G, D], with its batch. Keys are large: attention is peaked."""
+    """q [T, H, D], each sequence's whole k and v [length, G, D], its batch. Keys are large: attention is peaked."""
     H, G = HEADS[heads]
     lens = [length for _, length in chunks]
     blocks = scattered_blocks(lens, block_size, 2 + sum(-(-n // block_size) for n in lens) * 2)

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from isheep.model import ops
 from isheep_kernels.rms_norm import rms_norm_ref
-
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 EPS = 1e-5
@@ -12,7 +12,11 @@ EPS = 1e-5
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (37, 5, 16), (29, 80), (131, 577)], ids=str)
 def test_value_and_gradient(shape, dtype):
-    x, w, dy = randn(*shape, seed=0, dtype=dtype), randn(shape[-1], seed=1, dtype=dtype), randn(*shape, seed=2, dtype=dtype)
+    x, w, dy = (
+        randn(*shape, seed=0, dtype=dtype),
+        randn(shape[-1], seed=1, dtype=dtype),
+        randn(*shape, seed=2, dtype=dtype),
+    )
     y, dx = value_and_gradient(ops.rms_norm, x, w, dy)
     ref = value_and_gradient(rms_norm_ref, x, w, dy)
     truth = value_and_gradient(rms_norm_ref, x.double(), w.double(), dy.double())

@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from isheep.model import ops
 from isheep_kernels.rope import rope_ref
-
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from isheep_kernels import cpu
 from torch import Tensor
+
+from isheep_kernels import cpu
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 needs_compiler = pytest.mark.skipif(cpu.library() is None, reason="no C++ compiler here: torch's definitions serve")
