@@ -12,7 +12,13 @@ def write_kv_ref(k: Tensor, v: Tensor, slots: Tensor, k_cache: Tensor, v_cache: 
 
 
 def attention_paged_ref(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cu_seqlens: Tensor, context_lens: Tensor, block_tables: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
 ) -> Tensor:
     """q [T, H, D] over caches [NB, BS, G, D] -> [T, H, D].
 

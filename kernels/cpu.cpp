@@ -1,6 +1,7 @@
-// The CPU's decode kernels: what Triton is on a GPU, C++ is here. Built once by cpu.py, called through raw pointers.
+// The CPU's kernels: what Triton is on a GPU, C++ is here. Built once by cpu.py, called through raw pointers.
 //
-// Plain loops that gcc vectorises; the one intrinsic (AVX512-BF16's dot product) has its plain twin beside it.
+// Written on sixteen-lane vectors (gcc's vector extension), which the compiler maps to AVX-512, AVX2 or NEON; the one
+// intrinsic, AVX512-BF16's dot product, has its plain twin beside it. Sums are fp32, long ones are closed in double.
 // Shapes: T tokens, S sequences, H query heads, G key/value heads, D head size, V vocabulary, NB blocks of BS slots.
 //
 // Cache layouts, chosen so that a tile of keys is one row of lanes and nothing is transposed or reduced sideways:
@@ -11,14 +12,22 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
-#include <omp.h>
 
+// ---- sixteen lanes ---------------------------------------------------------------------------------------------
+
+constexpr int W = 16;
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t hvec __attribute__((vector_size(32)));
 struct bf16 { uint16_t bits; };
 
+static inline vec splat(float x) { return x - vec{}; }
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {
     uint32_t u = uint32_t(x.bits) << 16;
@@ -26,85 +35,131 @@ static inline float to_float(bf16 x) {
     std::memcpy(&f, &u, 4);
     return f;
 }
-template <typename E> static inline E from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline bf16 from_float<bf16>(float x) {  // round to nearest even, as torch does
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    return {uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+static inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline vec load(const bf16* p) {
+    hvec h;
+    std::memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+static inline hvec round_bf16(vec v) {  // to nearest even, as torch does
+    uvec u = (uvec)v;
+    return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec);
+}
+static inline void store(bf16* p, vec v) {
+    hvec h = round_bf16(v);
+    std::memcpy(p, &h, sizeof h);
+}
+// The last n < 16 elements of a row; the other lanes read as zero.
+template <typename E> static inline vec load(const E* p, int64_t n) {
+    if (__builtin_expect(n >= W, 1)) return load(p);
+    E buffer[W] = {};
+    std::memcpy(buffer, p, n * sizeof(E));
+    return load(buffer);
+}
+template <typename E> static inline void store(E* p, vec v, int64_t n) {
+    if (n >= W) return store(p, v);
+    E buffer[W];
+    store(buffer, v);
+    std::memcpy(p, buffer, n * sizeof(E));
+}
+// What a value is once it is stored as E.
+static inline vec as_stored(vec v, const float*) { return v; }
+static inline vec as_stored(vec v, const bf16*) { return (vec)(__builtin_convertvector(round_bf16(v), uvec) << 16); }
+
+static inline float sum(vec v) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += v[i];
+    return s;
+}
+static inline vec larger(vec a, vec b) { return a > b ? a : b; }
+static inline float largest(vec v) {
+    float m = v[0];
+    for (int i = 1; i < W; i++) m = std::max(m, v[i]);
+    return m;
 }
 
-// exp for x <= 0 to 2 ulp: branch-free, so that loops over it vectorise.
-static inline float exp_neg(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = std::nearbyint(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+// exp for x <= 0 to 2 ulp; below -87 it is 1e-38.
+static inline vec exp_neg(vec x) {
+    x = larger(x, splat(-87.0f));
+    ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation: the nearest, since x <= 0
+    vec whole = __builtin_convertvector(n, vec);
+    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t e = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &e, 4);
-    return p * scale;
+    return p * (vec)((n + 127) << 23);
+}
+static inline float exp_neg(float x) { return exp_neg(splat(x))[0]; }
+
+static inline vec sigmoid(vec g) {
+    vec e = exp_neg(g < 0 ? g : -g);
+    return (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
 }
 
-// ---- norm, rope, activation ------------------------------------------------------------------------------------
+// ---- norm, activation, rope ------------------------------------------------------------------------------------
+
+constexpr int64_t SMALL = 16384;  // elements below which a second thread costs more than it does
 
 template <typename E>
 static void rms_norm(const E* x, const E* w, E* y, int64_t rows, int64_t cols, float eps) {
-#pragma omp parallel for if (rows * cols > 16384)
+#pragma omp parallel for if (rows * cols > SMALL)
     for (int64_t r = 0; r < rows; r++) {
         const E* xr = x + r * cols;
-        E* yr = y + r * cols;
-        float ss = 0;
-        for (int64_t c = 0; c < cols; c++) ss += to_float(xr[c]) * to_float(xr[c]);
-        float inv = 1.0f / std::sqrt(ss / cols + eps);
-        for (int64_t c = 0; c < cols; c++)
-            yr[c] = from_float<E>(to_float(from_float<E>(to_float(xr[c]) * inv)) * to_float(w[c]));
-    }
-}
-
-template <typename E>
-static void swiglu(const E* gate, const E* up, E* y, int64_t n) {
-#pragma omp parallel for simd if (n > 16384)
-    for (int64_t i = 0; i < n; i++) {
-        float g = to_float(gate[i]);
-        float e = exp_neg(-std::fabs(g));
-        float sigmoid = (g >= 0 ? 1.0f : e) / (1.0f + e);
-        y[i] = from_float<E>(to_float(from_float<E>(g * sigmoid)) * to_float(up[i]));
+        vec squares = {};
+        for (int64_t c = 0; c < cols; c += W) {
+            vec v = load(xr + c, cols - c);
+            squares += v * v;
+        }
+        float inv = 1.0f / std::sqrt(sum(squares) / cols + eps);
+        for (int64_t c = 0; c < cols; c += W)
+            store(y + r * cols + c, as_stored(load(xr + c, cols - c) * inv, x) * load(w + c, cols - c), cols - c);
     }
 }
 
 // dx of rms_norm for a frozen weight.
 template <typename E>
 static void rms_norm_backward(const E* dy, const E* x, const E* w, E* dx, int64_t rows, int64_t cols, float eps) {
-#pragma omp parallel for if (rows * cols > 16384)
+#pragma omp parallel for if (rows * cols > SMALL)
     for (int64_t r = 0; r < rows; r++) {
         const E *xr = x + r * cols, *dyr = dy + r * cols;
-        float ss = 0, dot = 0;
-        for (int64_t c = 0; c < cols; c++) {
-            ss += to_float(xr[c]) * to_float(xr[c]);
-            dot += to_float(dyr[c]) * to_float(w[c]) * to_float(xr[c]);
+        vec squares = {}, dots = {};
+        for (int64_t c = 0; c < cols; c += W) {
+            vec v = load(xr + c, cols - c);
+            squares += v * v;
+            dots += load(dyr + c, cols - c) * load(w + c, cols - c) * v;
         }
-        float inv = 1.0f / std::sqrt(ss / cols + eps), pull = dot * inv * inv / cols;
-        for (int64_t c = 0; c < cols; c++)
-            dx[r * cols + c] = from_float<E>(inv * (to_float(dyr[c]) * to_float(w[c]) - to_float(xr[c]) * pull));
+        float inv = 1.0f / std::sqrt(sum(squares) / cols + eps), pull = sum(dots) * inv * inv / cols;
+        for (int64_t c = 0; c < cols; c += W) {
+            vec d = load(dyr + c, cols - c) * load(w + c, cols - c) - load(xr + c, cols - c) * pull;
+            store(dx + r * cols + c, d * inv, cols - c);
+        }
+    }
+}
+
+template <typename E>
+static void swiglu(const E* gate, const E* up, E* y, int64_t n) {
+#pragma omp parallel for if (n > SMALL)
+    for (int64_t i = 0; i < n; i += W) {
+        vec g = load(gate + i, n - i);
+        store(y + i, as_stored(g * sigmoid(g), gate) * load(up + i, n - i), n - i);
     }
 }
 
 template <typename E>
 static void swiglu_backward(const E* dy, const E* gate, const E* up, E* dgate, E* dup, int64_t n) {
-#pragma omp parallel for simd if (n > 16384)
-    for (int64_t i = 0; i < n; i++) {
-        float g = to_float(gate[i]), d = to_float(dy[i]);
-        float e = exp_neg(-std::fabs(g));
-        float sigmoid = (g >= 0 ? 1.0f : e) / (1.0f + e);
-        dup[i] = from_float<E>(d * g * sigmoid);
-        dgate[i] = from_float<E>(d * to_float(up[i]) * sigmoid * (1.0f + g * (1.0f - sigmoid)));
+#pragma omp parallel for if (n > SMALL)
+    for (int64_t i = 0; i < n; i += W) {
+        vec g = load(gate + i, n - i), d = load(dy + i, n - i), s = sigmoid(g);
+        store(dup + i, d * g * s, n - i);
+        store(dgate + i, d * load(up + i, n - i) * s * (1.0f + g * (1.0f - s)), n - i);
     }
 }
 
@@ -112,211 +167,287 @@ static void swiglu_backward(const E* dy, const E* gate, const E* up, E* dgate, E
 template <typename E>
 static void rope(const E* x, E* y, const float* cos, const float* sin, int64_t T, int heads, int D, float sign) {
     const int half = D / 2;
-#pragma omp parallel for if (T * heads * D > 16384)
-    for (int64_t t = 0; t < T; t++) {
-        const float *c = cos + t * half, *s = sin + t * half;
-        for (int h = 0; h < heads; h++) {
-            const E* from = x + (t * heads + h) * D;
-            E* to = y + (t * heads + h) * D;
-#pragma GCC ivdep
-            for (int d = 0; d < half; d++) {
-                float a = to_float(from[d]), b = to_float(from[d + half]);
-                to[d] = from_float<E>(a * c[d] - sign * b * s[d]);
-                to[d + half] = from_float<E>(b * c[d] + sign * a * s[d]);
+#pragma omp parallel for if (T * heads * D > SMALL)
+    for (int64_t t = 0; t < T; t++)
+        for (int h = 0; h < heads; h++)
+            for (int d = 0; d < half; d += W) {
+                const E* from = x + (t * heads + h) * D + d;
+                E* to = y + (t * heads + h) * D + d;
+                vec a = load(from, half - d), b = load(from + half, half - d);
+                vec c = load(cos + t * half + d, half - d), s = load(sin + t * half + d, half - d) * sign;
+                store(to, a * c - b * s, half - d);
+                store(to + half, b * c + a * s, half - d);
             }
-        }
-    }
 }
+
+// ---- the paged cache -------------------------------------------------------------------------------------------
 
 // Puts k, v [T, G, D] into the slots of the cache.
 template <typename E>
 static void write_kv(const E* k, const E* v, const int64_t* slots, E* kc, E* vc, int64_t T, int G, int D, int BS) {
     constexpr int X = 4 / sizeof(E);
-#pragma omp parallel for if (T * G * D > 16384)
+#pragma omp parallel for if (T * G * D > SMALL)
     for (int64_t t = 0; t < T; t++) {
         int64_t block = slots[t] / BS, offset = slots[t] % BS;
         for (int g = 0; g < G; g++) {
             const E* kt = k + (t * G + g) * D;
             E* keys = kc + (block * G + g) * D * BS;
-            for (int d = 0; d < D; d++) keys[(d / X * BS + offset) * X + d % X] = kt[d];
+            for (int l = 0; l < D / X; l++) std::memcpy(keys + (l * BS + offset) * X, kt + l * X, 4);
             std::memcpy(vc + ((block * G + g) * BS + offset) * D, v + (t * G + g) * D, D * sizeof(E));
         }
     }
 }
 
-// ---- paged attention -------------------------------------------------------------------------------------------
+constexpr int GROUPS = 4, TILE = GROUPS * W;  // keys that one step of the online softmax takes: four vectors of scores
 
-constexpr int TILE = 64;  // keys a tile: four vectors of scores stay in registers
-
-// scores[TILE] += q . keys for one block's BS keys; q and keys come as 4-byte lanes of X elements.
-static inline void dot_keys(const float* q, const float* keys, float* scores, int lanes, int BS) {
-    for (int l = 0; l < lanes; l++)
-        for (int j = 0; j < BS; j++) scores[j] += q[l] * keys[l * BS + j];
-}
-static inline void dot_keys(const bf16* q, const bf16* keys, float* scores, int lanes, int BS) {
-    const uint32_t* q2 = reinterpret_cast<const uint32_t*>(q);
-    const uint32_t* k2 = reinterpret_cast<const uint32_t*>(keys);
+// acc + the products of one 4-byte lane of the query (one fp32 dimension or two bf16 ones) with sixteen keys.
+static inline vec add_lane(vec acc, const float* q, uvec keys) { return acc + (vec)keys * q[0]; }
+static inline vec add_lane(vec acc, const bf16* q, uvec keys) {
 #ifdef __AVX512BF16__
-    if (BS % 16 == 0) {
-        for (int j = 0; j < BS; j += 16) {
-            __m512 even = _mm512_loadu_ps(scores + j), odd = _mm512_setzero_ps();  // two chains hide the latency
-            for (int l = 0; l + 1 < lanes; l += 2) {
-                even = _mm512_dpbf16_ps(even, (__m512bh)_mm512_set1_epi32(q2[l]),
-                                        (__m512bh)_mm512_loadu_si512(k2 + l * BS + j));
-                odd = _mm512_dpbf16_ps(odd, (__m512bh)_mm512_set1_epi32(q2[l + 1]),
-                                       (__m512bh)_mm512_loadu_si512(k2 + (l + 1) * BS + j));
-            }
-            if (lanes % 2)
-                even = _mm512_dpbf16_ps(even, (__m512bh)_mm512_set1_epi32(q2[lanes - 1]),
-                                        (__m512bh)_mm512_loadu_si512(k2 + (lanes - 1) * BS + j));
-            _mm512_storeu_ps(scores + j, _mm512_add_ps(even, odd));
-        }
-        return;
-    }
+    int32_t pair;
+    std::memcpy(&pair, q, sizeof pair);
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)keys);
+#else
+    return acc + (vec)(keys << 16) * to_float(q[0]) + (vec)(keys & 0xffff0000u) * to_float(q[1]);
 #endif
-    for (int l = 0; l < lanes; l++) {
-        float lo = to_float(bf16{uint16_t(q2[l])}), hi = to_float(bf16{uint16_t(q2[l] >> 16)});
-        for (int j = 0; j < BS; j++) {
-            uint32_t u = k2[l * BS + j];
-            scores[j] += lo * to_float(bf16{uint16_t(u)}) + hi * to_float(bf16{uint16_t(u >> 16)});
-        }
-    }
 }
 
-struct Rows {            // the query rows that share one key/value head of one sequence: M = tokens x H/G
-    int M;
-    float *scores;       // [M, TILE]
-    float *out;          // [M, D], not yet divided by the sum
-    float *max, *sum;    // [M]
+// scores [ROWS, TILE] of ROWS queries against a tile; the sixteen keys of a group have their lanes `stride` bytes apart.
+template <int ROWS, typename E>
+static inline void score(const E* const* q, const char* const* groups, int64_t stride, int lanes, float* scores) {
+    vec acc[ROWS][GROUPS] = {};
+    for (int l = 0; l < lanes; l++)
+#pragma GCC unroll 4
+        for (int g = 0; g < GROUPS; g++) {
+            uvec keys;
+            std::memcpy(&keys, groups[g] + l * stride, sizeof keys);
+#pragma GCC unroll 3
+            for (int r = 0; r < ROWS; r++) acc[r][g] = add_lane(acc[r][g], q[r] + l * 4 / sizeof(E), keys);
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int g = 0; g < GROUPS; g++) store(scores + r * TILE + g * W, acc[r][g]);
+}
+
+// One row's step of the online softmax: its scores become weights, 0 from `seen` on; returns what earlier sums shrink by.
+static inline float softmax_step(float* scores, int seen, float scale, float& max, float& total) {
+    for (int j = std::max(seen, 0); j < TILE; j++) scores[j] = -INFINITY;
+    if (seen <= 0) {
+        std::fill_n(scores, TILE, 0.0f);
+        return 1.0f;
+    }
+    vec top = splat(max), sums = {};
+    for (int j = 0; j < TILE; j += W) top = larger(top, load(scores + j) * scale);
+    const float now = largest(top), shrink = exp_neg(max - now);
+    for (int j = 0; j < TILE; j += W) {
+        vec s = load(scores + j), weight = s == -INFINITY ? vec{} : exp_neg(s * scale - now);
+        sums += weight;
+        store(scores + j, weight);
+    }
+    max = now;
+    total = total * shrink + sum(sums);
+    return shrink;
+}
+
+// out [ROWS, N · 16] = out · shrink + weights [ROWS, TILE] x the tile's n values, a row of D elements each.
+template <int ROWS, int N, typename V>
+static inline void add_values(const float* weights, const float* shrink, const V* const* values, int n, int D, float* out) {
+    vec acc[ROWS][N];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < N; i++) acc[r][i] = load(out + (r * N + i) * W) * shrink[r];
+    for (int j = 0; j < n; j++)
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) {
+            vec v = load(values[j] + i * W, D - i * W);
+#pragma GCC unroll 3
+            for (int r = 0; r < ROWS; r++) acc[r][i] += v * weights[r * TILE + j];
+        }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < N; i++) store(out + (r * N + i) * W, acc[r][i]);
+}
+
+struct Task { int s, g, first, count; };  // `count` tokens from `first` of sequence s, for key/value head g
+
+template <typename E> struct Paged {
+    const E *q, *kc, *vc;
+    E* y;
+    const int32_t *cu, *context_lens, *tables;
+    int64_t max_blocks;
+    int S, H, G, D, BS;
+    float scale;
 };
 
-// One online-softmax step over a tile of n keys; row m may see the first visible[m] of them.
-template <int DT>
-static void absorb_tile(Rows& r, const float* values, const int* visible, int n, float scale, int D_) {
-    const int D = DT ? DT : D_;
-    for (int m = 0; m < r.M; m++) {
-        int seen = std::min(n, visible[m]);
-        if (seen <= 0) continue;
-        float* s = r.scores + m * TILE;
-        float top = r.max[m];
-        for (int j = 0; j < seen; j++) top = std::max(top, s[j] * scale);
-        float shrink = exp_neg(r.max[m] - top), total = 0;
-        for (int j = 0; j < seen; j++) s[j] = exp_neg(s[j] * scale - top);
-        for (int j = 0; j < seen; j++) total += s[j];
-        r.max[m] = top;
-        r.sum[m] = r.sum[m] * shrink + total;
-        float* out = r.out + m * D;
-        if constexpr (DT != 0) {
-            float acc[DT];
-            for (int d = 0; d < DT; d++) acc[d] = out[d] * shrink;
-            for (int j = 0; j < seen; j++)
-                for (int d = 0; d < DT; d++) acc[d] += s[j] * values[j * DT + d];
-            for (int d = 0; d < DT; d++) out[d] = acc[d];
-        } else {
-            for (int d = 0; d < D; d++) out[d] *= shrink;
-            for (int j = 0; j < seen; j++)
-                for (int d = 0; d < D; d++) out[d] += s[j] * values[j * D + d];
+// What one thread keeps while it works, for at most `rows` query rows of N vectors.
+template <typename E> struct Scratch {
+    std::vector<const E*> q;
+    std::vector<float> scores, out, max, total, shrink, values;
+    Scratch(int rows, int N)
+        : q(rows), scores(rows * TILE), out(rows * N * W), max(rows), total(rows), shrink(rows), values(TILE * N * W) {}
+};
+
+// Calls f.template operator()<ROWS>(m) over all M rows, a block at a time.
+template <int ROWS, typename F> static inline void by_rows(int M, F f) {
+    int m = 0;
+    for (; m + ROWS <= M; m += ROWS) f(std::integral_constant<int, ROWS>(), m);
+    for (; m < M; m++) f(std::integral_constant<int, 1>(), m);
+}
+
+template <int N, typename E>
+static void attend(const Paged<E>& a, Task task, Scratch<E>& s) {
+    constexpr int X = 4 / sizeof(E), ROWS = N <= 4 ? 3 : N <= 8 ? 2 : 1;  // as many accumulators as there are registers
+    const int R = a.H / a.G, M = task.count * R, lanes = a.D / X;
+    const int64_t block_elements = (int64_t)a.D * a.BS, stride = 4 * a.BS;
+    const int first_position = a.context_lens[task.s] - (a.cu[task.s + 1] - task.first);
+    const int length = first_position + task.count;  // keys that the task's last token sees
+    auto row = [&](int m) { return ((int64_t)(task.first + m / R) * a.H + task.g * R + m % R) * a.D; };
+    for (int m = 0; m < M; m++) s.q[m] = a.q + row(m);
+    std::fill_n(s.max.begin(), M, -INFINITY);
+    std::fill_n(s.total.begin(), M, 0.0f);
+    std::fill_n(s.out.begin(), M * N * W, 0.0f);
+    for (int start = 0; start < length; start += TILE) {
+        const int n = std::min(TILE, length - start);
+        const char* groups[GROUPS];
+        const E* values[TILE];
+        for (int g = 0; g < GROUPS; g++) {
+            const int at = start + (g * W < n ? g * W : 0), slot = at % a.BS;  // past the end: any keys, never weighed
+            const int64_t base = (a.tables[task.s * a.max_blocks + at / a.BS] * (int64_t)a.G + task.g) * block_elements;
+            groups[g] = (const char*)(a.kc + base + slot * X);
+            for (int j = 0; j < W; j++) values[g * W + j] = a.vc + base + (slot + j) * a.D;
+            for (int64_t b = 0; b < W * a.D * (int64_t)sizeof(E); b += 64)  // a block lies anywhere: fetch it now
+                __builtin_prefetch((const char*)values[g * W] + b);
+        }
+        by_rows<ROWS>(M, [&](auto rows, int m) {
+            score<rows.value>(&s.q[m], groups, stride, lanes, &s.scores[m * TILE]);
+        });
+        for (int m = 0; m < M; m++) {
+            const int seen = std::min(n, first_position + m / R + 1 - start);
+            s.shrink[m] = softmax_step(&s.scores[m * TILE], seen, a.scale, s.max[m], s.total[m]);
+        }
+        if (M <= 2 * ROWS) {
+            by_rows<ROWS>(M, [&](auto rows, int m) {
+                add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], values, n, a.D, &s.out[m * N * W]);
+            });
+        } else {  // many rows: the values are widened once for all of them
+            const float* wide[TILE];
+            for (int j = 0; j < n; j++) {
+                wide[j] = &s.values[j * N * W];
+                for (int d = 0; d < N * W; d += W) store(&s.values[j * N * W + d], load(values[j] + d, std::max(0, a.D - d)));
+            }
+            by_rows<ROWS>(M, [&](auto rows, int m) {
+                add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], wide, n, N * W, &s.out[m * N * W]);
+            });
         }
     }
+    for (int m = 0; m < M; m++)
+        for (int d = 0; d < a.D; d += W)
+            store(a.y + row(m) + d, load(&s.out[m * N * W + d]) / s.total[m], a.D - d);
 }
 
 // Causal attention of q [T, H, D] over the paged cache. Sequence s owns tokens cu[s] .. cu[s+1]; they are the last
-// ones of its context_lens[s] cached positions, found through tables [S, max_blocks].
+// ones of its context_lens[s] cached positions, found through tables [S, max_blocks]. D <= 256, BS a multiple of 16.
 template <typename E>
-static void attention_paged(const E* q, const E* kc, const E* vc, E* y, const int32_t* cu, const int32_t* context_lens,
-                            const int32_t* tables, int64_t max_blocks, int S, int H, int G, int D, int BS, float scale) {
-    constexpr int X = 4 / sizeof(E);
-    const int R = H / G;
-    const int tokens_a_task = std::max(1, 32 / R);
-    struct Task { int s, g, first, count; };
+static void attention_paged(const Paged<E>& a) {
+    const int tokens_a_task = std::max(1, 48 * a.G / a.H), N = (a.D + W - 1) / W;
     std::vector<Task> tasks;
-    for (int s = 0; s < S; s++)
-        for (int t = cu[s]; t < cu[s + 1]; t += tokens_a_task)
-            for (int g = 0; g < G; g++) tasks.push_back({s, g, t, std::min(tokens_a_task, cu[s + 1] - t)});
-    // long tasks first, so that the last ones to finish are short
-    std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
-        return a.count * context_lens[a.s] > b.count * context_lens[b.s];
-    });
+    for (int s = 0; s < a.S; s++)
+        for (int t = a.cu[s]; t < a.cu[s + 1]; t += tokens_a_task)
+            for (int g = 0; g < a.G; g++) tasks.push_back({s, g, t, std::min(tokens_a_task, a.cu[s + 1] - t)});
+    const int rows = tokens_a_task * (a.H / a.G);
 #pragma omp parallel
     {
-        const int most = tokens_a_task * R;
-        std::vector<E> rows(most * D);
-        std::vector<float> scores(most * TILE), out(most * D), max(most), sum(most), values(TILE * D);
-        std::vector<int> visible(most);
-#pragma omp for schedule(dynamic, 1)
+        Scratch<E> scratch(rows, N <= 4 ? N : N <= 8 ? 8 : 16);
+#pragma omp for schedule(dynamic, 2)
         for (size_t i = 0; i < tasks.size(); i++) {
-            Task task = tasks[i];
-            Rows r{task.count * R, scores.data(), out.data(), max.data(), sum.data()};
-            int first_position = context_lens[task.s] - (cu[task.s + 1] - task.first);
-            int length = first_position + task.count;  // keys that the task's last token sees
-            for (int m = 0; m < r.M; m++) {
-                std::memcpy(&rows[m * D], q + ((int64_t)(task.first + m / R) * H + task.g * R + m % R) * D, D * sizeof(E));
-                max[m] = -INFINITY;
-                sum[m] = 0;
-            }
-            std::fill(out.begin(), out.begin() + r.M * D, 0.0f);
-            for (int start = 0; start < length; start += TILE) {
-                int n = std::min(TILE, length - start);
-                std::fill(scores.begin(), scores.begin() + r.M * TILE, 0.0f);
-                for (int j = 0; j < n; j += BS) {
-                    int64_t block = tables[task.s * max_blocks + (start + j) / BS];
-                    const E* keys = kc + (block * G + task.g) * D * BS;
-                    for (int m = 0; m < r.M; m++) dot_keys(&rows[m * D], keys, r.scores + m * TILE + j, D / X, BS);
-                    const E* v = vc + (block * G + task.g) * BS * D;
-                    int used = std::min(BS, n - j);
-                    for (int e = 0; e < used * D; e++) values[j * D + e] = to_float(v[e]);
-                }
-                for (int m = 0; m < r.M; m++) visible[m] = first_position + m / R + 1 - start;
-                if (D == 64) absorb_tile<64>(r, values.data(), visible.data(), n, scale, D);
-                else if (D == 128) absorb_tile<128>(r, values.data(), visible.data(), n, scale, D);
-                else absorb_tile<0>(r, values.data(), visible.data(), n, scale, D);
-            }
-            for (int m = 0; m < r.M; m++) {
-                E* to = y + ((int64_t)(task.first + m / R) * H + task.g * R + m % R) * D;
-                for (int d = 0; d < D; d++) to[d] = from_float<E>(out[m * D + d] / sum[m]);
-            }
+            if (N == 1) attend<1>(a, tasks[i], scratch);
+            else if (N == 2) attend<2>(a, tasks[i], scratch);
+            else if (N == 3) attend<3>(a, tasks[i], scratch);
+            else if (N == 4) attend<4>(a, tasks[i], scratch);
+            else if (N <= 8) attend<8>(a, tasks[i], scratch);
+            else attend<16>(a, tasks[i], scratch);
         }
     }
 }
 
 // ---- sampling --------------------------------------------------------------------------------------------------
 
-struct Candidate { float p; int32_t id; };
+struct Above { double mass; int64_t count; };
 
-// The tokens that top-k, top-p and min-p leave, most likely first; p [V] is exp((logit - max) / temperature).
-static void candidates(const float* p, int64_t V, double total, int top_k, float top_p, float min_p,
-                       std::vector<Candidate>& kept) {
-    // Everything above a falling threshold is gathered until it surely holds the answer; only that part is sorted.
-    float threshold = 1e-2f;
-    for (;; threshold *= 1e-1f) {
-        double mass = 0;
-        int64_t count = 0;
-        float part = 0;
-        for (int64_t i = 0; i < V; i++) {
-            bool in = p[i] >= threshold;
-            part += in ? p[i] : 0.0f;
-            count += in;
+// Mass and number of the probabilities p [V] that are at least t.
+static Above above(const float* p, int64_t V, float t) {
+    Above found{0, 0};
+    for (int64_t start = 0; start < V; start += 4096) {
+        vec mass = {};
+        ivec count = {};
+        for (int64_t i = start; i < std::min(V, start + 4096); i += W) {
+            vec v = load(p + i, V - i);
+            ivec in = v >= t;
+            mass += (vec)((ivec)v & in);
+            count -= in;
         }
-        mass = part;
-        bool enough = top_k > 0 ? count >= top_k : mass >= top_p * total * 1.0001;
-        if (enough || threshold < 1e-30f || (min_p > 0 && threshold <= min_p)) break;
+        found.mass += sum(mass);
+        for (int i = 0; i < W; i++) found.count += count[i];
     }
-    if (threshold < 1e-30f) threshold = 0;
-    kept.clear();
-    for (int64_t i = 0; i < V; i++)
-        if (p[i] >= threshold) kept.push_back({p[i], int32_t(i)});
-    std::sort(kept.begin(), kept.end(), [](const Candidate& a, const Candidate& b) {
-        return a.p > b.p || (a.p == b.p && a.id < b.id);
-    });
-    if (top_k > 0) {
-        if (kept.size() > size_t(top_k)) kept.resize(top_k);
-        total = 0;
-        for (auto& c : kept) total += c.p;
+    return found;
+}
+
+// Keeps the largest p until `enough(mass, count)` of those kept, ties going to the lower id; zeroes the rest.
+// Bisects the threshold, and sorts only what lies between two neighbouring ones.
+template <typename F>
+static void truncate(float* p, int64_t V, F enough) {
+    uint32_t low = 1, high = 0x3f800001;  // bit patterns order as their floats do; enough holds at low, not at high
+    auto value = [](uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; };
+    Above at_high{0, 0}, at_low = above(p, V, value(low));
+    if (!enough(at_low.mass, at_low.count)) return;
+    while (high - low > 1 && at_low.count - at_high.count > 64) {
+        uint32_t middle = low + (high - low) / 2;
+        Above found = above(p, V, value(middle));
+        if (enough(found.mass, found.count)) low = middle, at_low = found;
+        else high = middle, at_high = found;
     }
-    double before = 0;
-    size_t n = 0;
-    while (n < kept.size() && (n == 0 || (before < top_p * total && kept[n].p >= min_p))) before += kept[n++].p;
-    kept.resize(n);
+    std::vector<std::pair<float, int64_t>> between;  // (-p, id): sorted, the most likely and lowest id come first
+    for (int64_t i = 0; i < V; i++) {
+        if (p[i] >= value(high)) continue;
+        if (p[i] >= value(low)) between.push_back({-p[i], i});
+        p[i] = 0;
+    }
+    std::sort(between.begin(), between.end());
+    for (auto& [negative, id] : between) {
+        if (enough(at_high.mass, at_high.count)) break;
+        p[id] = -negative;
+        at_high.mass -= negative;
+        at_high.count++;
+    }
+}
+
+static double total(const float* p, int64_t V) { return above(p, V, 0).mass; }
+
+// The first id at which the running sum of p [V] passes `at`.
+static int64_t find(const float* p, int64_t V, double at) {
+    double passed = 0;
+    int64_t last = 0;
+    for (int64_t start = 0; start < V; start += 256) {
+        int64_t end = std::min(V, start + 256);
+        double part = total(p + start, end - start);
+        if (part > 0) last = start;
+        if (passed + part > at) {
+            for (int64_t i = start; i < end; i++)
+                if ((passed += p[i]) > at) return i;
+        } else {
+            passed += part;
+        }
+    }
+    for (int64_t i = std::min(V, last + 256) - 1; i > 0; i--)  // rounding: the last token that is possible at all
+        if (p[i] > 0) return i;
+    return 0;
+}
+
+// p [V] = exp((x - top) / temperature), 0 where x is -infinity; returns the sum.
+static double weigh(const float* x, float* p, int64_t V, float top, float temperature) {
+    const float inv = 1.0f / temperature;
+    for (int64_t i = 0; i < V; i += W) {
+        vec v = load(x + i, V - i);
+        store(p + i, v == -INFINITY ? vec{} : exp_neg((v - top) * inv), V - i);
+    }
+    return total(p, V);
 }
 
 // One draw a row of logits [B, V]. temperature 0 takes the most likely token. uniform is the row's number in [0, 1).
@@ -327,56 +458,34 @@ static void sample(const E* logits, int64_t B, int64_t V, const float* temperatu
 #pragma omp parallel
     {
         std::vector<float> x(V), p(V);
-        std::vector<Candidate> kept;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t b = 0; b < B; b++) {
             const E* row = logits + b * V;
-            float top = -INFINITY;
-            for (int64_t i = 0; i < V; i++) {
-                x[i] = to_float(row[i]);
-                top = std::max(top, x[i]);
+            vec tops = splat(-INFINITY);
+            for (int64_t i = 0; i < V; i += W) {
+                vec v = load(row + i, V - i);
+                store(&x[i], v, V - i);
+                if (V - i >= W) tops = larger(tops, v);
+                else for (int64_t j = i; j < V; j++) tops[0] = std::max(tops[0], x[j]);
             }
-            double plain = 0, total = 0;
-            for (int64_t start = 0; start < V; start += 4096) {  // fp32 lanes, summed in double every 4,096
-                float part = 0;
-                for (int64_t i = start; i < std::min(V, start + 4096); i++) part += exp_neg(x[i] - top);
-                plain += part;
-            }
-            int64_t token = 0;
+            const float top = largest(tops);
+            const double plain = weigh(x.data(), p.data(), V, top, 1.0f);
+            int64_t token;
             if (temperature[b] <= 0) {
-                while (x[token] != top && token + 1 < V) token++;
+                token = std::find(x.begin(), x.end(), top) - x.begin();
             } else {
-                float inv = 1.0f / temperature[b];
-                for (int64_t start = 0; start < V; start += 4096) {
-                    float part = 0;
-                    for (int64_t i = start; i < std::min(V, start + 4096); i++) {
-                        p[i] = x[i] == -INFINITY ? 0.0f : exp_neg((x[i] - top) * inv);
-                        part += p[i];
-                    }
-                    total += part;
+                double mass = temperature[b] == 1.0f ? plain : weigh(x.data(), p.data(), V, top, temperature[b]);
+                if (top_k[b] > 0) {
+                    truncate(p.data(), V, [&](double, int64_t count) { return count >= top_k[b]; });
+                    mass = total(p.data(), V);
                 }
-                if (top_k[b] <= 0 && top_p[b] >= 1 && min_p[b] <= 0) {
-                    double at = uniform[b] * total, sum = 0;
-                    int64_t last = 0;
-                    for (token = 0; token < V; token++) {
-                        if (p[token] > 0) last = token;
-                        sum += p[token];
-                        if (sum > at) break;
-                    }
-                    if (token == V) token = last;
-                } else {
-                    candidates(p.data(), V, total, top_k[b], top_p[b], min_p[b], kept);
-                    double mass = 0, sum = 0;
-                    for (auto& c : kept) mass += c.p;
-                    token = kept.back().id;
-                    for (auto& c : kept) {
-                        sum += c.p;
-                        if (sum > uniform[b] * mass) { token = c.id; break; }
-                    }
-                }
+                if (top_p[b] < 1) truncate(p.data(), V, [&](double kept, int64_t) { return kept >= top_p[b] * mass; });
+                if (min_p[b] > 0)
+                    for (int64_t i = 0; i < V; i++) p[i] = p[i] >= min_p[b] ? p[i] : 0;
+                token = find(p.data(), V, uniform[b] * total(p.data(), V));
             }
-            tokens[b] = token;
-            logprobs[b] = float(x[token] - top - std::log(plain));
+            tokens[b] = std::min(token, V - 1);
+            logprobs[b] = float(x[tokens[b]] - top - std::log(plain));
         }
     }
 }
@@ -387,11 +496,11 @@ static void sample(const E* logits, int64_t B, int64_t V, const float* temperatu
     extern "C" void rms_norm_##NAME(const E* x, const E* w, E* y, int64_t rows, int64_t cols, float eps) {           \
         rms_norm(x, w, y, rows, cols, eps);                                                                          \
     }                                                                                                                \
-    extern "C" void swiglu_##NAME(const E* gate, const E* up, E* y, int64_t n) { swiglu(gate, up, y, n); }           \
     extern "C" void rms_norm_backward_##NAME(const E* dy, const E* x, const E* w, E* dx, int64_t rows, int64_t cols, \
                                              float eps) {                                                            \
         rms_norm_backward(dy, x, w, dx, rows, cols, eps);                                                            \
     }                                                                                                                \
+    extern "C" void swiglu_##NAME(const E* gate, const E* up, E* y, int64_t n) { swiglu(gate, up, y, n); }           \
     extern "C" void swiglu_backward_##NAME(const E* dy, const E* gate, const E* up, E* dgate, E* dup, int64_t n) {   \
         swiglu_backward(dy, gate, up, dgate, dup, n);                                                                \
     }                                                                                                                \
@@ -406,7 +515,7 @@ static void sample(const E* logits, int64_t B, int64_t V, const float* temperatu
     extern "C" void attention_paged_##NAME(const E* q, const E* kc, const E* vc, E* y, const int32_t* cu,            \
                                            const int32_t* context_lens, const int32_t* tables, int64_t max_blocks,   \
                                            int S, int H, int G, int D, int BS, float scale) {                        \
-        attention_paged(q, kc, vc, y, cu, context_lens, tables, max_blocks, S, H, G, D, BS, scale);                  \
+        attention_paged<E>({q, kc, vc, y, cu, context_lens, tables, max_blocks, S, H, G, D, BS, scale});             \
     }                                                                                                                \
     extern "C" void sample_##NAME(const E* logits, int64_t B, int64_t V, const float* temperature,                   \
                                   const int32_t* top_k, const float* top_p, const float* min_p,                      \
