@@ -46,7 +46,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """Per-token negative log-likelihood [T] (fp32) of targets [T] under softmax(hidden weightᵀ), differentiable by hidden.
+    """Negative log-likelihood [T] (fp32) of targets under softmax(hidden weightᵀ), differentiable by hidden.
 
     hidden [T, C], weight [V, C] frozen, targets [T] int64, -100 = not counted (loss 0, no gradient). Extra memory is
     `chunk` rows of logits, whatever T. Raises IndexError where a target is outside the vocabulary.

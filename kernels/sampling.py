@@ -9,9 +9,9 @@ def sample_ref(
 ) -> tuple[Tensor, Tensor]:
     """logits [B, V]; temperature, top_p, min_p [B] fp32; top_k [B] int32 (0 = all); uniform [B] fp64 in [0, 1).
 
-    -> tokens [B] int64, log-probabilities [B] fp32 under the untouched model. Temperature 0 takes the likeliest token.
-    Tokens are ranked by falling probability (ties: by id) and cut by top-k, then to the smallest set that holds top-p of what
-    is left, then by min-p times the best. `uniform` picks along the cumulative sum of the survivors, in the order of ids.
+    -> tokens [B] int64, log-probabilities [B] fp32 under the untouched model. Temperature 0: the likeliest token.
+    Tokens are ranked by falling probability (ties: by id) and cut by top-k, then to the smallest set that holds top-p
+    of what is left, then by min-p times the best. `uniform` picks along the survivors' cumulative sum, by rising id.
     """
     plain = logits.float()
     hot = temperature > 0

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from isheep.model.config import ModelConfig
 from isheep.model.transformer import Transformer
 from tests.tiny_tokenizer import write_tiny_tokenizer
@@ -50,7 +51,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
-    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "head_dim": 16,
+        "sliding_window": None,
+    },
 }
 
 
@@ -58,7 +64,9 @@ def config_json(name: str, **changes: Any) -> dict[str, Any]:
     return {**BASE, **CONFIGS[name], **changes}
 
 
-def tiny_model(name: str = "llama_gqa", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Transformer:
+def tiny_model(
+    name: str = "llama_gqa", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Transformer:
     """A random model; weights large enough that attention and logits are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(config_json(name, **changes)))

@@ -1,11 +1,11 @@
 """The sampler beside its rivals, on one workload in one run.
 
     python tools/bench_sampler.py                                    # isheep and transformers
-    python tools/bench_sampler.py --vllm-python ~/vllm/bin/python    # and vLLM, from an environment of its own
+    python tools/bench_sampler.py --vllm-python ~/vllm/bin/python    # and vLLM, from its own environment
     python tools/bench_sampler.py --prefix                           # a shared prefix, with and without the prefix cache
 
-64 requests, prompts of 100–400 tokens, outputs of 16–256 (forced, greedy), SmolLM2-135M, bf16, no prefix cache on any side.
-Each contender runs in its own process and warms up first; rounds are interleaved; the table gives the median and the spread.
+64 requests, prompts of 100–400 tokens, outputs of 16–256 (forced, greedy), SmolLM2-135M, bf16, no prefix cache on any
+side. Each contender has its own process and warms up first; rounds are interleaved; medians and spreads are printed.
 """
 
 import argparse
@@ -74,7 +74,12 @@ def run_transformers(model: str, work: Workload, dtype: str) -> float:
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in rows])
         with torch.inference_mode():
             llm.generate(
-                ids, attention_mask=mask, do_sample=False, min_new_tokens=longest, max_new_tokens=longest, pad_token_id=0
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                min_new_tokens=longest,
+                max_new_tokens=longest,
+                pad_token_id=0,
             )
 
     generate([([7] * 50, 8), ([9] * 80, 8)])

@@ -13,7 +13,7 @@ AdapterSegment = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class PagedMeta:
-    """Where a sampling batch reads and writes the cache. Position p of sequence s lies in block block_tables[s, p // BS]."""
+    """Where a sampling batch reads and writes the cache: position p of sequence s is in block_tables[s, p // BS]."""
 
     slot_mapping: Tensor  # [T] int64, block · block_size + offset of each token of this batch
     block_tables: Tensor  # [S, max_blocks] int32
@@ -36,7 +36,9 @@ class PackedBatch:
         return len(self.input_ids)
 
     @classmethod
-    def pack(cls, sequences: Sequence[Sequence[int]], device: torch.device | str, adapter: str | None = None) -> "PackedBatch":
+    def pack(
+        cls, sequences: Sequence[Sequence[int]], device: torch.device | str, adapter: str | None = None
+    ) -> "PackedBatch":
         """One batch of whole sequences, for training and scoring."""
         lens = tuple(len(s) for s in sequences)
         ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)

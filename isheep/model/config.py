@@ -45,7 +45,9 @@ class ModelConfig:
         """Read a config.json. Raises UserError for an architecture, activation or rope this decoder does not have."""
         name = (raw.get("architectures") or ["(none)"])[0]
         if name not in ARCHITECTURES:
-            raise UserError(f'The checkpoint\'s architecture "{name}" is not supported.{did_you_mean(name, ARCHITECTURES)}')
+            raise UserError(
+                f'The checkpoint\'s architecture "{name}" is not supported.{did_you_mean(name, ARCHITECTURES)}'
+            )
         if raw.get("hidden_act", "silu") != "silu":
             raise UserError(f'The checkpoint uses the activation "{raw["hidden_act"]}"; only "silu" is supported.')
         missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in raw]

@@ -34,7 +34,8 @@ class Linear(nn.Module):
         """x [T, in] -> [T, out]; each segment of tokens through its own adapter."""
         segments = [(self.lora[name], start, end) for name, start, end in adapters if name in self.lora]
         if torch.is_grad_enabled() and segments:
-            ((pair, _, _),) = segments  # training sees all its tokens through the one adapter it trains
+            ((pair, start, end),) = segments  # training sees all its tokens through the one adapter it trains
+            assert (start, end) == (0, len(x))
             key, p = pair.dropout_key, pair.dropout
             p = 0.0 if key is None else p
             args = (pair.lora_A, pair.lora_B, pair.scaling, p, key)
@@ -101,7 +102,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos_sin: CosSin, batch: PackedBatch, kv: LayerKV | None) -> Tensor:
         """x [T, C] -> [T, C]. `kv` is this layer's cache when sampling, None in training and scoring."""
-        q, k, v = (p(x, batch.adapters).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x, batch.adapters).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rope(q, *cos_sin), ops.rope(k, *cos_sin)

@@ -144,16 +144,18 @@ def load_adapter(model: Transformer, folder: Path, name: str) -> Adapter:
     """Attach an adapter saved by `save_adapter` or by PEFT. Raises UserError where it does not fit the model."""
     try:
         raw = json.loads((folder / "adapter_config.json").read_text())
+        r, alpha = raw["r"], raw["lora_alpha"]
         tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not an adapter in PEFT's format (adapter_config.json + adapter_model.safetensors): {error}"
         ) from error
     for key in ("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
         if raw.get(key):
             raise UserError(f'The adapter {folder} uses "{key}", which is not supported: only plain LoRA is.')
-    targets = {key.removeprefix("base_model.model.").rsplit(".", 2)[0].rpartition(".")[2] for key in tensors}
-    config = LoRAConfig(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), tuple(t for t in ALL_LINEAR if t in targets))
+    found = {key.removeprefix("base_model.model.").rsplit(".", 2)[0].rpartition(".")[2] for key in tensors}
+    targets = tuple(t for t in ALL_LINEAR if t in found)
+    config = LoRAConfig(r, alpha, raw.get("lora_dropout", 0.0), targets)
     adapter = attach(model, config, name)
     try:
         fill_adapter(adapter, tensors)

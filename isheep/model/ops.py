@@ -4,8 +4,14 @@ On the CPU in fp32 and bf16: the C++ kernels of `isheep_kernels.cpu`, where a co
 definitions (`*_ref`). `backend` says which, for the run's log. Every operation has a gradient for what can be trained.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from isheep.config import UserError
+from isheep.model.batch import PackedBatch
 from isheep_kernels import cpu
 from isheep_kernels.attention_packed import attention_packed_ref
 from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
@@ -14,15 +20,12 @@ from isheep_kernels.rms_norm import rms_norm_ref
 from isheep_kernels.rope import rope_ref
 from isheep_kernels.sampling import sample_ref
 from isheep_kernels.swiglu import swiglu_ref
-from torch import Tensor
-
-from isheep.model.batch import PackedBatch
 
 __all__ = ["IGNORE", "linear_cross_entropy"]
 
 
 def backend(x: Tensor) -> str:
-    """"cpp" or "torch": who computes on tensors like x."""
+    """Who computes on tensors like x: "cpp" or "torch"."""
     return "cpp" if cpu.serves(x) else "torch"
 
 
@@ -36,7 +39,7 @@ def _run(name: str, x: Tensor, *args: Tensor | float) -> None:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.eps, y = eps, torch.empty_like(x)
@@ -44,7 +47,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = torch.empty_like(x)
         rows = x.numel() // x.shape[-1]
@@ -54,14 +57,14 @@ class _RMSNorm(torch.autograd.Function):
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
         _run("swiglu", gate, up, y, gate.numel())
         return y
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         _run("swiglu_backward", grads[0].contiguous(), gate, up, dgate, dup, gate.numel())
@@ -70,14 +73,14 @@ class _SwiGLU(torch.autograd.Function):
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         y = torch.empty_like(x)
         _run("rope", x, y, cos, sin, *x.shape, 1.0)
         return y
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dx = grads[0].contiguous()
         dx = torch.empty_like(dx).copy_(dx)
@@ -111,9 +114,13 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale:
     return attention_packed_ref(q, k, v, ends, scale)
 
 
-def kv_cache_shapes(x: Tensor, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> list[tuple[int, ...]]:
+def kv_cache_shapes(
+    x: Tensor, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+) -> list[tuple[int, ...]]:
     """Shapes of one layer's key and value cache for tensors like x; the C++ kernel keeps keys transposed."""
     if cpu.serves(x):
+        if cpu.TILE % block_size:
+            raise UserError(f"sampler.block_size must divide {cpu.TILE} on a CPU, not be {block_size}.")
         pack = 4 // x.element_size()
         keys = (num_blocks, num_kv_heads, head_dim // pack, block_size, pack)
         return [keys, (num_blocks, num_kv_heads, block_size, head_dim)]
@@ -167,7 +174,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
 
 
 def dropout_mask(like: Tensor, p: float, key: int) -> Tensor:
-    """Bool, shaped as `like`, False with probability p (in steps of 1/65,536): a function of the key, so never stored."""
+    """Bool, shaped as `like`, False with probability p (in 1/65,536ths): a function of the key, so never stored."""
     generator = torch.Generator(like.device).manual_seed(key)
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)  # four draws from each word
@@ -200,7 +207,9 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, None, da.float(), db.float(), None, None, None
 
 
-def lora_linear_train(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, key: int) -> Tensor:
+def lora_linear_train(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, key: int
+) -> Tensor:
     """x [T, K], weight [N, K], a [r, K] fp32, b [N, r] fp32 -> [T, N]; p and key are the dropout's (p 0: none)."""
     return _LoRALinear.apply(x, weight, bias, a, b, scale, p, key)
 
@@ -208,7 +217,9 @@ def lora_linear_train(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
-def sample(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token a row of logits [B, V], and its log-probability; parameters [B] as in `sample_ref`."""
     if not cpu.serves(logits):
         return sample_ref(logits, temperature, top_k, top_p, min_p, uniform)

@@ -62,7 +62,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. `adapters` are the ones resident now; `gradient_checkpointing` is the trainer's choice."""
+    """A causal language model. `adapters` are those resident now; `gradient_checkpointing` is the trainer's choice."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.adapters: dict[str, "Adapter"] = {}
+        self.adapters: dict[str, Adapter] = {}
         self.gradient_checkpointing = False
         self.head_packed: Tensor | None = None
 
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, C] -> [N, V]. For losses over many tokens use `ops.linear_cross_entropy`, which never holds them."""
+        """hidden [N, C] -> [N, V]. A loss over many tokens takes `ops.linear_cross_entropy`, which never holds them."""
         return ops.linear(hidden, self.head_weight, None, self.head_packed)
 
     def new_kv_cache(self, num_blocks: int, block_size: int) -> KVCache:

@@ -3,7 +3,7 @@
     sampler = Sampler(model, tokenizer)
     for completion in sampler.stream(requests): ...
 
-Each step is one forward pass over the tokens the scheduler chose, whatever they are: prompts, parts of prompts, decodes.
+Each step is one forward pass over the tokens the scheduler chose: prompts, parts of prompts and decodes together.
 """
 
 import os
@@ -43,7 +43,7 @@ class _Sample:
 
     def __init__(self, seq: Sequence, tokenizer: Tokenizer, seed: int, eos: frozenset[int]) -> None:
         params = seq.request.params
-        special = {text: tokenizer.token_id(text) for text in params.stop}  # such a stop string is one token: no text
+        special = {text: _special_id(tokenizer, text) for text in params.stop}  # a special token has no text to find
         self.stop_texts = tuple(text for text, token in special.items() if token is None)
         ids = frozenset(params.stop_token_ids) | {token for token in special.values() if token is not None}
         self.ends = ids if params.ignore_eos else ids | eos
@@ -70,10 +70,14 @@ class Sampler:
     """Generates from the model and its resident adapters. Base weights are read in place; only the cache is its own."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, cfg: SamplerConfig | None = None, seed: int = 0,
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        cfg: SamplerConfig | None = None,
+        seed: int = 0,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
-        """`eos_token_ids` end a sample besides the checkpoint's own, unless it ignores eos: a template's stop tokens, say."""
+        """`eos_token_ids`, a template's stops say, end a sample as the checkpoint's own do, unless eos is ignored."""
         self.cfg = cfg = cfg or SamplerConfig()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         own = {tokenizer.eos_token_id, *model.config.eos_token_ids, *eos_token_ids}
@@ -104,7 +108,7 @@ class Sampler:
     def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish. Requests are pulled as there is room; closing the iterator aborts what is left.
 
-        Raises UserError for an unknown adapter, a repeated id, or a prompt that cannot fit; what was running is aborted.
+        Raises UserError for an unknown adapter, a repeated id or a prompt that cannot fit; the rest is then aborted.
         """
         source, pending = iter(requests), True
         try:
@@ -127,8 +131,8 @@ class Sampler:
         room = context - len(request.prompt_token_ids)
         if room < 1:
             raise UserError(
-                f'The prompt of request "{request.id}" has {len(request.prompt_token_ids)} tokens, but the model\'s context '
-                f"ends at {context}: shorten it."
+                f'The prompt of request "{request.id}" has {len(request.prompt_token_ids)} tokens, but the model\'s '
+                f"context ends at {context}: shorten it."
             )
         if request.adapter is not None and request.adapter not in self.model.adapters:
             raise UserError(
@@ -172,7 +176,9 @@ class Sampler:
     def _batch(self, chunks: list[Chunk]) -> PackedBatch:
         """The chunks' tokens as one packed batch, with where each is written and read in the cache."""
         size, device = self.cfg.block_size, self.model.device
-        ids, positions, slots = [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         for chunk in chunks:
             table = chunk.seq.block_table
             span = range(chunk.start, chunk.end)
@@ -187,7 +193,9 @@ class Sampler:
             return torch.tensor(values, dtype=dtype, device=device)
 
         paged = PagedMeta(
-            tensor(slots, torch.int64), tensor(tables, torch.int32), tensor([chunk.end for chunk in chunks], torch.int32)
+            tensor(slots, torch.int64),
+            tensor(tables, torch.int32),
+            tensor([chunk.end for chunk in chunks], torch.int32),
         )
         cu = tensor([0, *accumulate(lens)], torch.int32)
         adapters, at = [], 0
@@ -260,3 +268,8 @@ def _free_memory() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _special_id(tokenizer: Tokenizer, text: str) -> int | None:
+    token = tokenizer.token_id(text)
+    return token if token in tokenizer.special_ids else None

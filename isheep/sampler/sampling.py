@@ -28,8 +28,8 @@ def uniform(key: int, position: int) -> float:
 def draw(logits: Tensor, seqs: Seq[Sequence], keys: Seq[int], ends: Seq[frozenset[int]]) -> tuple[Tensor, Tensor]:
     """One token for each sequence from its row of logits [B, V] -> tokens [B] int64, log-probabilities [B] fp32.
 
-    `keys` are the sequences' stream keys, `ends` their end tokens (kept out until min_tokens). The log-probabilities are the
-    model's own, before penalties, masks, temperature and truncation.
+    `keys` are the sequences' stream keys, `ends` their end tokens (kept out until min_tokens). The log-probabilities
+    are the model's own, before penalties, masks, temperature and truncation.
     """
     params = [seq.request.params for seq in seqs]
     changed = [i for i, seq in enumerate(seqs) if _needs_change(seq)]
@@ -77,8 +77,8 @@ def _needs_change(seq: Sequence) -> bool:
 def _change(row: Tensor, seq: Sequence, ends: frozenset[int]) -> None:
     """Apply penalties and masks to one fp32 row [V], in place.
 
-    repetition: over prompt and output, positive logits divided and negative ones multiplied (CTRL). presence and frequency:
-    over the output, as OpenAI's API defines them.
+    repetition: over prompt and output, positive logits divided and negative ones multiplied (CTRL). presence and
+    frequency: over the output, as OpenAI's API defines them.
     """
     p = seq.request.params
     if p.repetition_penalty != 1:
