@@ -74,7 +74,7 @@ def open_named(
     from isheep.model.weights import load_model, resolve
     from isheep.text.tokenizer import load_tokenizer
 
-    named = [_named_folder(text) for text in adapters]
+    named = [named_folder(text) for text in adapters]
     names = tuple(name for name, _ in named)
     if len(set(names)) < len(names):
         raise UserError(f"two adapters are named alike in {', '.join(names)}: give each its own with NAME=FOLDER.")
@@ -103,7 +103,7 @@ def pick_device(name: str) -> "torch.device":
     return device
 
 
-def _named_folder(text: str) -> tuple[str, Path]:
+def named_folder(text: str) -> tuple[str, Path]:
     """'NAME=FOLDER' or 'FOLDER' -> (name, folder). A folder whose path holds "=" is taken as it is."""
     name, equals, folder = text.partition("=")
     if not equals or Path(text).exists():

@@ -121,9 +121,11 @@ class MeasureConfig:
 
     enabled: bool = True
     pooling: str = "mean"
+    batch_tokens: int = 4096  # tokens of one forward
 
     def __post_init__(self) -> None:
         _choose(self, "pooling", ("mean", "last"))
+        _require(self, "batch_tokens", self.batch_tokens >= 1, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isheep.cli import _named_folder, add_model_args, pick_device, run_main
+from isheep.cli import named_folder, add_model_args, pick_device, run_main
 from isheep.config import UserError
 
 
@@ -68,11 +68,11 @@ def test_flags_of_every_command() -> None:
 
 def test_adapters_are_named(tmp_path: Path) -> None:
     (tmp_path / "r=8").mkdir()
-    assert _named_folder(f"one={tmp_path}") == ("one", tmp_path)
-    assert _named_folder(str(tmp_path)) == (str(tmp_path), tmp_path)
-    assert _named_folder(str(tmp_path / "r=8")) == (str(tmp_path / "r=8"), tmp_path / "r=8")
+    assert named_folder(f"one={tmp_path}") == ("one", tmp_path)
+    assert named_folder(str(tmp_path)) == (str(tmp_path), tmp_path)
+    assert named_folder(str(tmp_path / "r=8")) == (str(tmp_path / "r=8"), tmp_path / "r=8")
     with pytest.raises(UserError, match="absent is not a folder"):
-        _named_folder(f"one={tmp_path / 'absent'}")
+        named_folder(f"one={tmp_path / 'absent'}")
 
 
 def test_devices() -> None:

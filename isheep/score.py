@@ -1,0 +1,228 @@
+"""Perplexities and last-layer vectors of instruction pairs: one packed forward over outputs and pairs together.
+
+    python -m isheep.score --model smollm2-135m --data pairs.json --out scored.jsonl --vectors vectors.safetensors
+
+`--data` is a JSON array or JSONL of {"instruction", "input", "output"}. A row of `--out` is the row of `--data` plus
+output_ppl, pair_ppl, num_output_tokens and num_pair_tokens. `--vectors` gets `mean` and `last`, each [N, C] float32 in
+row order. Perplexity is exp of the mean negative log-likelihood of tokens 2 to n (paper §5); no special token is added.
+The same command goes on where it was stopped.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from isheep.artifacts import Journal, read_rows, write_atomic, writes_to
+from isheep.cli import add_model_args, named_folder, open_model, run_main
+from isheep.config import MeasureConfig, RunConfig, UserError, load_config
+from isheep.log import Progress, log
+from isheep.model import ops
+from isheep.model.batch import PackedBatch
+from isheep.model.transformer import Transformer
+from isheep.text.tokenizer import Tokenizer
+
+FIELDS = ("instruction", "input", "output")
+POOLINGS = ("mean", "last")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What one forward says of the rows from `first` on."""
+
+    first: int
+    scores: list[dict[str, Any]]  # {output_ppl, pair_ppl, num_output_tokens, num_pair_tokens} a row
+    vectors: Tensor  # [rows, len(POOLINGS), C] fp32 on the CPU; no rows where none were asked for
+
+
+def score_rows(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    join: str = "",
+    adapter: str | None = None,
+    vectors: bool = False,
+    batch_tokens: int = MeasureConfig.batch_tokens,
+    skip: int = 0,
+) -> Iterator[Scored]:
+    """Score every row's output alone, and its instruction, input and output joined by `join` (empty ones left out).
+
+    Yields batches of whole rows in order. Which rows share a forward follows from the rows and `batch_tokens` alone, so
+    a run that goes on with `skip` rows done gets the bytes of one that was not stopped (in float32). A text of fewer
+    than 2 tokens has no perplexity (None); one beyond the model's context is cut there and counted in the log.
+    """
+    texts = [(row.get("output") or "", join.join(filter(None, map(row.get, FIELDS)))) for row in rows]
+    limit = model.config.context_len
+    whole = [(tokenizer.encode(output), tokenizer.encode(pair)) for output, pair in texts]
+    num_cut = sum(len(pair) > limit for _, pair in whole)
+    if num_cut:
+        log.warning("%d of %d rows are longer than the model's context of %d tokens: cut", num_cut, len(rows), limit)
+    ids = [(output[:limit], pair[:limit]) for output, pair in whole]
+    for first, last in _batches([len(output) + len(pair) for output, pair in ids], batch_tokens):
+        if first >= skip:
+            yield Scored(first, *_score(model, ids[first:last], adapter, vectors))
+
+
+def _batches(num_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of consecutive rows that have at most `batch_tokens` together; a longer row stands alone."""
+    first = used = 0
+    for i, n in enumerate(num_tokens):
+        if i > first and used + n > batch_tokens:
+            yield first, i
+            first, used = i, 0
+        used += n
+    if num_tokens:
+        yield first, len(num_tokens)
+
+
+@torch.no_grad()
+def _score(
+    model: Transformer, rows: Sequence[tuple[list[int], list[int]]], adapter: str | None, vectors: bool
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """rows of (output ids, pair ids) -> their scores and, where asked for, pooled vectors of the pairs."""
+    lens = [len(ids) for row in rows for ids in row]
+    nll, hidden = _forward(model, [ids for row in rows for ids in row if ids], adapter)
+    means = [_mean(part) for part in nll.split(lens)]
+    scores = [
+        {
+            "output_ppl": _ppl(means[i]),
+            "pair_ppl": _ppl(means[i + 1]),
+            "num_output_tokens": lens[i],
+            "num_pair_tokens": lens[i + 1],
+        }
+        for i in range(0, len(lens), 2)
+    ]
+    pairs = hidden.split(lens)[1::2] if vectors else ()
+    pooled = [_pool(part) for part in pairs]
+    return scores, torch.stack(pooled).cpu() if pooled else torch.zeros(0)
+
+
+def _forward(model: Transformer, sequences: Sequence[list[int]], adapter: str | None) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [T] fp32 of each token's successor (0 at a sequence's end), and hidden states [T, C]."""
+    if not sequences:
+        return torch.zeros(0), torch.zeros(0, model.config.hidden_size)
+    batch = PackedBatch.pack(sequences, model.device, adapter)
+    targets = batch.input_ids.roll(-1)
+    targets[batch.cu_seqlens[1:].long() - 1] = ops.IGNORE
+    hidden = model(batch)
+    return ops.linear_cross_entropy(hidden, model.head_weight, targets).cpu(), hidden
+
+
+def _mean(nll: Tensor) -> float | None:
+    """Of tokens 2 to n: the last place of a sequence predicts nothing."""
+    return nll[:-1].double().mean().item() if len(nll) > 1 else None
+
+
+def _ppl(mean_nll: float | None) -> float | None:
+    """Six digits: what two runs on other machines can agree on, and more than a filter needs."""
+    if mean_nll is None:
+        return None
+    if not math.isfinite(mean_nll):
+        raise UserError(f"a log-likelihood is {mean_nll}: the model's numbers overflow, score with --dtype float32.")
+    return float(f"{math.exp(min(mean_nll, 700.0)):.6g}")
+
+
+def _pool(hidden: Tensor) -> Tensor:
+    """hidden [n, C] -> [len(POOLINGS), C] fp32; zeros for a text without tokens."""
+    if not len(hidden):
+        return torch.zeros(len(POOLINGS), hidden.shape[1], device=hidden.device)
+    hidden = hidden.float()
+    return torch.stack([hidden.mean(0), hidden[-1]])
+
+
+class VectorFile:
+    """Pooled vectors on their way to safetensors: `<path>.part` grows by [len(POOLINGS), C] float32 a row."""
+
+    def __init__(self, path: Path, width: int, num_rows: int) -> None:
+        """Go on after `num_rows` rows; what a kill left beyond them is cut off."""
+        self.path, self.part, self.shape = path, path.with_name(path.name + ".part"), (len(POOLINGS), width)
+        known_len = num_rows * len(POOLINGS) * width * 4
+        with writes_to(self.part):
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            with self.part.open("ab") as file:
+                found = file.tell()
+                file.truncate(known_len) if found >= known_len else None
+        if found < known_len:
+            raise UserError(
+                f"{self.part} has fewer rows than were scored: delete it and the scores' .part to start again."
+            )
+
+    def append(self, vectors: Tensor) -> None:
+        """vectors [n, len(POOLINGS), C] fp32. Call it before the rows themselves are recorded as done."""
+        assert vectors.shape[1:] == self.shape and vectors.dtype == torch.float32
+        with writes_to(self.part), self.part.open("ab") as file:
+            file.write(vectors.numpy().tobytes())
+
+    def save(self) -> None:
+        """All rows as one safetensors file; `drop_part` once nothing needs them a second time."""
+        stored = torch.from_numpy(np.fromfile(self.part, dtype=np.float32)).reshape(-1, *self.shape)
+        write_atomic(self.path, save({name: stored[:, i].contiguous() for i, name in enumerate(POOLINGS)}))
+
+    def drop_part(self) -> None:
+        self.part.unlink(missing_ok=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m isheep.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_args(p)
+    p.add_argument("--data", type=Path, required=True, help="JSON array or JSONL of instruction, input, output")
+    p.add_argument("--out", type=Path, required=True, help="JSONL: each row with its scores")
+    p.add_argument("--vectors", type=Path, help="safetensors file for the pairs' pooled last-layer vectors")
+    p.add_argument("--join", default="", help="between instruction, input and output of a pair; default: nothing")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if len(args.adapter) > 1:
+        raise UserError(f"--adapter is given {len(args.adapter)} times: rows are scored through one adapter at most.")
+    overrides = [text if text.startswith("measure.") else f"measure.{text}" for text in args.set]
+    cfg = load_config(RunConfig, {"model": args.model, "out": str(args.out)}, overrides=overrides).measure
+    rows, num_bad = read_rows(args.data)
+    usable = [row for row in rows if all(isinstance(row.get(name) or "", str) for name in FIELDS)]
+    num_bad += len(rows) - len(usable)
+    log.info("%d rows to score, %d skipped: no object, or a field that is no text", len(usable), num_bad)
+    settings = {"model": args.model, "dtype": args.dtype, "join": args.join, "vectors": args.vectors is not None}
+    settings["batch_tokens"] = cfg.batch_tokens
+    inputs = {"data": args.data}
+    if args.adapter:
+        inputs["adapter"] = named_folder(args.adapter[0])[1] / "adapter_model.safetensors"
+    with Journal(args.out, settings, inputs) as journal:
+        if journal.sealed:
+            log.info("%s is complete already", args.out)
+        else:
+            _score_file(usable, journal, cfg.batch_tokens, args)
+
+
+def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int, args: argparse.Namespace) -> None:
+    opened = open_model(args)
+    adapter = next(iter(opened.adapters), None)
+    num_done = sum(len(done) for done in journal.done.values())
+    vectors = VectorFile(args.vectors, opened.model.config.hidden_size, num_done) if args.vectors else None
+    options = {"join": args.join, "adapter": adapter, "vectors": vectors is not None, "batch_tokens": batch_tokens}
+    with Progress("scoring", len(rows)) as bar:
+        bar.update(num_done)
+        for batch in score_rows(opened.model, opened.tokenizer, rows, skip=num_done, **options):
+            if vectors is not None:
+                vectors.append(batch.vectors)
+            scored = [{**rows[batch.first + i], **scores} for i, scores in enumerate(batch.scores)]
+            journal.append(str(batch.first), scored)
+            bar.update(len(scored))
+    if vectors is not None:
+        vectors.save()
+    journal.seal(sorted(journal.done, key=int))
+    if vectors is not None:
+        vectors.drop_part()
+
+
+if __name__ == "__main__":
+    run_main(main)
