@@ -212,15 +212,23 @@ static inline vec add_lane(vec acc, const bf16* q, uvec keys) {
 #endif
 }
 
-// scores [ROWS, TILE] of ROWS queries against a tile; the sixteen keys of a group have their lanes `stride` bytes apart.
+// A tile of one key/value head: sixteen keys a group, whose 4-byte lanes lie a stride apart, and each key's value.
+template <typename E> struct Tile {
+    const char* groups[GROUPS];
+    const E* values[TILE];
+};
+
+// scores [ROWS, TILE] of ROWS queries against a tile. Blocks lie anywhere in memory, where no hardware prefetch finds
+// them, so the first rows to meet a tile fetch the `next` one while they work; null for the others.
 template <int ROWS, typename E>
-static inline void score(const E* const* q, const char* const* groups, int64_t stride, int lanes, float* scores) {
+static inline void score(const E* const* q, const Tile<E>& tile, const Tile<E>* next, int64_t stride, int lanes, float* scores) {
     vec acc[ROWS][GROUPS] = {};
     for (int l = 0; l < lanes; l++)
 #pragma GCC unroll 4
         for (int g = 0; g < GROUPS; g++) {
             uvec keys;
-            std::memcpy(&keys, groups[g] + l * stride, sizeof keys);
+            std::memcpy(&keys, tile.groups[g] + l * stride, sizeof keys);
+            if (next) __builtin_prefetch(next->groups[g] + l * stride);
 #pragma GCC unroll 3
             for (int r = 0; r < ROWS; r++) acc[r][g] = add_lane(acc[r][g], q[r] + l * 4 / sizeof(E), keys);
         }
@@ -250,17 +258,20 @@ static inline float softmax_step(float* scores, int seen, float scale, float& ma
 
 // out [ROWS, N · 16] = out · shrink + weights [ROWS, TILE] x the tile's n values, a row of D elements each.
 template <int ROWS, int N, typename V>
-static inline void add_values(const float* weights, const float* shrink, const V* const* values, int n, int D, float* out) {
+static inline void add_values(const float* weights, const float* shrink, const V* const* values, const V* const* next, int n,
+                              int D, float* out) {
     vec acc[ROWS][N];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < N; i++) acc[r][i] = load(out + (r * N + i) * W) * shrink[r];
-    for (int j = 0; j < n; j++)
+    for (int j = 0; j < n; j++) {
+        for (int64_t at = 0; next && at < D; at += 64 / sizeof(V)) __builtin_prefetch(next[j] + at);
 #pragma GCC unroll 16
         for (int i = 0; i < N; i++) {
             vec v = load(values[j] + i * W, D - i * W);
 #pragma GCC unroll 3
             for (int r = 0; r < ROWS; r++) acc[r][i] += v * weights[r * TILE + j];
         }
+    }
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < N; i++) store(out + (r * N + i) * W, acc[r][i]);
 }
@@ -295,7 +306,7 @@ template <int N, typename E>
 static void attend(const Paged<E>& a, Task task, Scratch<E>& s) {
     constexpr int X = 4 / sizeof(E), ROWS = N <= 4 ? 3 : N <= 8 ? 2 : 1;  // as many accumulators as there are registers
     const int R = a.H / a.G, M = task.count * R, lanes = a.D / X;
-    const int64_t block_elements = (int64_t)a.D * a.BS, stride = 4 * a.BS;
+    const int64_t stride = 4 * a.BS;
     const int first_position = a.context_lens[task.s] - (a.cu[task.s + 1] - task.first);
     const int length = first_position + task.count;  // keys that the task's last token sees
     auto row = [&](int m) { return ((int64_t)(task.first + m / R) * a.H + task.g * R + m % R) * a.D; };
@@ -303,20 +314,22 @@ static void attend(const Paged<E>& a, Task task, Scratch<E>& s) {
     std::fill_n(s.max.begin(), M, -INFINITY);
     std::fill_n(s.total.begin(), M, 0.0f);
     std::fill_n(s.out.begin(), M * N * W, 0.0f);
-    for (int start = 0; start < length; start += TILE) {
-        const int n = std::min(TILE, length - start);
-        const char* groups[GROUPS];
-        const E* values[TILE];
+    auto find = [&](int start) {
+        Tile<E> tile;
         for (int g = 0; g < GROUPS; g++) {
-            const int at = start + (g * W < n ? g * W : 0), slot = at % a.BS;  // past the end: any keys, never weighed
-            const int64_t base = (a.tables[task.s * a.max_blocks + at / a.BS] * (int64_t)a.G + task.g) * block_elements;
-            groups[g] = (const char*)(a.kc + base + slot * X);
-            for (int j = 0; j < W; j++) values[g * W + j] = a.vc + base + (slot + j) * a.D;
-            for (int64_t b = 0; b < W * a.D * (int64_t)sizeof(E); b += 64)  // a block lies anywhere: fetch it now
-                __builtin_prefetch((const char*)values[g * W] + b);
+            const int at = start + (start + g * W < length ? g * W : 0), slot = at % a.BS;  // past the end: any keys
+            const int64_t base = (a.tables[task.s * a.max_blocks + at / a.BS] * (int64_t)a.G + task.g) * a.D * a.BS;
+            tile.groups[g] = (const char*)(a.kc + base + slot * X);
+            for (int j = 0; j < W; j++) tile.values[g * W + j] = a.vc + base + (slot + j) * a.D;
         }
+        return tile;
+    };
+    Tile<E> tile = find(0), next;
+    for (int start = 0; start < length; start += TILE, tile = next) {
+        const int n = std::min(TILE, length - start);
+        next = start + TILE < length ? find(start + TILE) : tile;
         by_rows<ROWS>(M, [&](auto rows, int m) {
-            score<rows.value>(&s.q[m], groups, stride, lanes, &s.scores[m * TILE]);
+            score<rows.value>(&s.q[m], tile, m == 0 ? &next : nullptr, stride, lanes, &s.scores[m * TILE]);
         });
         for (int m = 0; m < M; m++) {
             const int seen = std::min(n, first_position + m / R + 1 - start);
@@ -324,16 +337,17 @@ static void attend(const Paged<E>& a, Task task, Scratch<E>& s) {
         }
         if (M <= 2 * ROWS) {
             by_rows<ROWS>(M, [&](auto rows, int m) {
-                add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], values, n, a.D, &s.out[m * N * W]);
+                const E* const* ahead = m == 0 ? next.values : nullptr;
+                add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], tile.values, ahead, n, a.D, &s.out[m * N * W]);
             });
         } else {  // many rows: the values are widened once for all of them
-            const float* wide[TILE];
+            const float *wide[TILE], *const* none = nullptr;
             for (int j = 0; j < n; j++) {
                 wide[j] = &s.values[j * N * W];
-                for (int d = 0; d < N * W; d += W) store(&s.values[j * N * W + d], load(values[j] + d, std::max(0, a.D - d)));
+                for (int d = 0; d < N * W; d += W) store(&s.values[j * N * W + d], load(tile.values[j] + d, std::max(0, a.D - d)));
             }
             by_rows<ROWS>(M, [&](auto rows, int m) {
-                add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], wide, n, N * W, &s.out[m * N * W]);
+                add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], wide, none, n, N * W, &s.out[m * N * W]);
             });
         }
     }
