@@ -224,10 +224,11 @@ def _tokenizer(source: Source) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     ids = {role: fields.get(f"tokenizer.ggml.{word}_token_id")
            for role, word in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))}  # fmt: skip
+    named = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{role}_token": tokens[i] for role, i in ids.items() if i is not None and i < len(tokens)},
-        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", kind == "llama"),
+        **named,
+        "add_bos_token": "bos_token" in named and fields.get("tokenizer.ggml.add_bos_token", kind == "llama"),
         "clean_up_tokenization_spaces": False,
         "model_max_length": source.need("llama.context_length"),
     }
