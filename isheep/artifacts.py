@@ -53,7 +53,7 @@ def writes_to(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a whole file: a reader, or the next start after a kill, sees all of it or the one before."""
     content = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # no pid in it: what a kill leaves is taken up the next time
     with writes_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
