@@ -13,8 +13,8 @@ from isheep.text.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny_tokenizer import write_tiny_tokenizer
 
 WORDS = (
-    "amber basin cedar delta ember fable grove harbor island juniper kettle lantern meadow nectar orchard pebble quarry "
-    "river saddle timber umbrella valley willow yonder zephyr anchor breeze copper dragon engine falcon garden hollow"
+    "amber basin cedar delta ember fable grove harbor island juniper kettle lantern meadow nectar orchard pebble "
+    "quarry river saddle timber umbrella valley willow yonder zephyr anchor breeze copper dragon engine falcon garden"
 ).split()
 
 
@@ -30,9 +30,8 @@ def items(key: str, n: int = 4, first: int = 6) -> str:
     for j in range(n):
         length = 2 if random.Random(f"{key} {j} short").random() < 0.3 else 9
         field = "<noinput>" if j % 2 else words(f"{key} {j} input", 6)
-        parts.append(
-            f" Describe {words(f'{key} {j}', length)}.\n{first + j}. Input:\n{field}\n###\n{first + j + 1}. Instruction:"
-        )
+        task, n = f"Describe {words(f'{key} {j}', length)}.", first + j
+        parts.append(f" {task}\n{n}. Input:\n{field}\n###\n{n + 1}. Instruction:")
     return "".join(parts) + " Describe the"
 
 

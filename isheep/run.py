@@ -1,0 +1,180 @@
+"""The driver: the whole loop on one model, from seed tasks to trained adapters.
+
+    python -m isheep.run --model smollm2-135m --config configs/demo.toml --out runs/demo
+
+Settings come from each --config, then the flags, then --set; what is left are the paper's. The run folder gets
+config.toml and env.json before the first token. Stopped at any moment, the same command goes on where it was.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from isheep.artifacts import write_atomic
+from isheep.cli import Opened, add_model_args, open_named, run_main
+from isheep.config import RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
+from isheep.log import log
+
+DEFAULT_ITERATIONS = 3  # the paper's, for all but its two largest models
+# A finished result does not depend on these, so a run may go on with others. More iterations prolong a run.
+MAY_CHANGE = ("out", "iterations", "device", "sampler", "train.checkpoint_steps", "train.gradient_checkpointing")
+PACKAGES = ("isheep", "torch", "triton", "numpy", "safetensors", "tokenizers")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m isheep.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_args(p)
+    p.set_defaults(dtype=None, device=None, seed=None)  # a configuration may set them too
+    p.add_argument("--config", action="append", type=Path, default=[], help="a TOML file; later ones win")
+    p.add_argument("--out", help="the run folder; an unfinished run in it is continued")
+    p.add_argument("--setting", help="what each iteration trains, on which data (default one_base)")
+    p.add_argument("--iterations", type=int, help="default: the paper's number for this model")
+    p.add_argument("--seeds", help="JSONL of seed tasks; default: the project's own 175")
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
+    if args.adapter:
+        raise UserError("a run starts from the base model: --adapter has no place here, leave it out.")
+    cfg = resolve(args)
+    cfg = against_folder(cfg)
+    opened = open_named(cfg.model, cfg.dtype, cfg.device, template=cfg.template)
+    cfg = replace(cfg, template=opened.template.name)
+    seeds = Path(cfg.seeds) if cfg.seeds else data_path("seeds", "seed_tasks.jsonl")
+    env = environment(opened)
+    write_atomic(Path(cfg.out) / "config.toml", to_toml(cfg))
+    write_atomic(Path(cfg.out) / "env.json", json.dumps(env, indent=1) + "\n")
+    for line in plan(cfg, opened, seeds, env):
+        log.info(line)
+    _iterate(cfg, opened, seeds, env)
+
+
+def _iterate(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> None:
+    from isheep.iterate import iterate
+    from isheep.session import Session
+
+    session = Session(cfg, opened, seeds)
+    session.events.write("run started", **env)
+    iterate(session)
+    session.events.write("run finished")
+
+
+def resolve(args: argparse.Namespace) -> RunConfig:
+    """The run's settings, the number of iterations included; the template may still be the model's to say."""
+    names = ("model", "out", "dtype", "device", "seed", "setting", "iterations", "seeds")
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    cfg = load_config(RunConfig, *args.config, flags, overrides=args.set)
+    if cfg.select.method == "ppl" and not cfg.measure.enabled:
+        raise UserError('select.method = "ppl" needs perplexities: set measure.enabled = true.')
+    if cfg.iterations is None:
+        preset = model_preset(cfg.model)
+        cfg = replace(cfg, iterations=preset.iterations if preset else DEFAULT_ITERATIONS)
+    return cfg
+
+
+def against_folder(cfg: RunConfig) -> RunConfig:
+    """`cfg`, made sure that a run already in its folder has the same settings; UserError naming those that differ."""
+    file = Path(cfg.out) / "config.toml"
+    if not file.exists():
+        return cfg
+    there = load_config(RunConfig, file)
+    if cfg.template is None:
+        cfg = replace(cfg, template=there.template)
+    changed = [key for key in diff(settings(there), settings(cfg)) if not key.startswith(MAY_CHANGE)]
+    if changed:
+        raise UserError(
+            f"{cfg.out} holds a run with other settings, {'; '.join(_change(key, there, cfg) for key in changed)}: "
+            f"give another --out, or the settings in {file}."
+        )
+    return cfg
+
+
+def _change(key: str, there: RunConfig, now: RunConfig) -> str:
+    """'select.threshold = 8.0 there, 6.0 now'"""
+    values: list[Any] = []
+    for cfg in (there, now):
+        value: Any = cfg
+        for name in key.split("."):
+            value = getattr(value, name)
+        values.append(value)
+    return f"{key} = {values[0]} there, {values[1]} now"
+
+
+def environment(opened: Opened) -> dict[str, Any]:
+    """What the numbers of a run may depend on besides its settings."""
+    import torch
+
+    from isheep.model import ops
+
+    model = opened.model
+    return {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(Path(__file__).parents[1]),
+        "platform": platform.platform(),
+        "device": str(model.device),
+        "device_name": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "backend": ops.backend(model.head_weight),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(root: Path) -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None for an installed package."""
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}+" if changed else head
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def plan(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> list[str]:
+    """The run in a few lines, before it starts."""
+    select = cfg.select
+    passes = (
+        f"both scores above {select.threshold:g}, rated by the {cfg.assess.assessor} model"
+        if select.method == "threshold"
+        else f"both perplexities below {select.max_ppl:g}"
+    )
+    return [
+        f"{cfg.model}: {env['num_parameters'] / 1e6:,.0f} M parameters in {cfg.dtype} on {env['device_name']}"
+        f" ({env['device']}, {env['num_threads']} threads, {env['backend']})",
+        f"{cfg.setting}, {cfg.iterations} iterations of {cfg.instruct.data_size:,} instructions from {seeds.name}; "
+        f"kept: {passes}",
+        f"trained: LoRA r {cfg.train.r}, {cfg.train.epochs:g} epochs, learning rate {cfg.train.learning_rate:g}, "
+        f"template {opened.template.name}",
+        f"results in {cfg.out}; stopped at any moment, the same command goes on",
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,85 @@
+"""A run in progress: the model, its sampler, and the clock, as the algorithm in iterate.py uses them.
+
+The sampler is made when the first request comes and dropped before training, so a stage that finds its result on disk
+costs nothing, and the cache is never in the trainer's way. Base weights stay where they are throughout.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from isheep.cli import Opened
+from isheep.config import RunConfig
+from isheep.log import Events, log
+from isheep.sampler.engine import Sampler, Stats
+from isheep.sampler.request import Completion, Request
+from isheep.stages import Iteration
+from isheep.summary import stage_counts
+from isheep.text.templates import template
+
+
+class Session:
+    """`seeds` is the file of seed tasks. `cfg.iterations` and `cfg.template` are resolved."""
+
+    def __init__(self, cfg: RunConfig, opened: Opened, seeds: Path) -> None:
+        self.cfg, self.seeds, self.out = cfg, seeds, Path(cfg.out)
+        self.model, self.tokenizer, self.template = opened.model, opened.tokenizer, opened.template
+        self.events = Events(self.out / "events.jsonl")
+        self._sampler: Sampler | None = None
+
+    @property
+    def num_iterations(self) -> int:
+        assert self.cfg.iterations is not None, "not resolved"
+        return self.cfg.iterations
+
+    def iteration(self, number: int) -> Iteration:
+        """Iteration `number`: the base model works in the first, the adapter trained before it in each other."""
+        before = self.out / f"iter{number - 1}"
+        first = number == 1
+        return Iteration(
+            number=number,
+            folder=self.out / f"iter{number}",
+            seed=self.cfg.seed,
+            model=self.cfg.model,
+            dtype=self.cfg.dtype,
+            context_len=self.model.config.context_len,
+            template=template("raw") if first else self.template,
+            adapter=None if first else before.name,
+            adapter_folder=None if first else before / "adapter",
+        )
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Completions as they finish; see `Sampler.stream`."""
+        if self._sampler is None:
+            ends = self.template.stop_token_ids(self.tokenizer)
+            self._sampler = Sampler(self.model, self.tokenizer, self.cfg.sampler, self.cfg.seed, ends)
+        yield from self._sampler.stream(requests)
+
+    def free_cache(self) -> None:
+        """Drop the sampler's key/value cache; the next request makes a new one."""
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+    @contextmanager
+    def stage(self, it: Iteration, name: str) -> Iterator[None]:
+        """Around one stage: its start, its end and what it took go to events.jsonl, also when it is stopped."""
+        where = {"iteration": it.number, "stage": name}
+        self.events.write("stage started", **where)
+        started, before, status = time.monotonic(), self._num_tokens(), "stopped"
+        try:
+            yield
+            status = "finished"
+        finally:
+            seconds = round(time.monotonic() - started, 3)
+            taken = {key: n - before.get(key, 0) for key, n in self._num_tokens().items()}
+            counts = stage_counts(it.folder, name) if status == "finished" else {}
+            self.events.write(f"stage {status}", **where, seconds=seconds, **taken, counts=counts)
+        kept = f", {counts['kept']} kept" if "kept" in counts else ""
+        log.info("%s %s done in %.1f s%s", it.name, name, seconds, kept)
+
+    def _num_tokens(self) -> dict[str, int]:
+        """What the sampler has computed so far."""
+        stats = self._sampler.stats if self._sampler is not None else Stats()
+        return {"num_prefill_tokens": stats.num_prefill_tokens, "num_decode_tokens": stats.num_decode_tokens}

@@ -1,0 +1,199 @@
+"""The command: a run killed at any moment ends in the same bytes, and every mistake ends in one sentence."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from isheep import run
+from isheep.config import UserError
+from tests.parrot import NUM_EXAMPLES, write_parrot
+from tests.scripted import seed_rows
+from tools.kill_demo import digests, kill_and_compare
+
+CONFIG = f"""
+dtype = "float32"
+iterations = 2
+[sampler]
+max_num_seqs = 8
+kv_cache_gib = 0.1
+[instruct]
+data_size = 16
+num_in_context = {NUM_EXAMPLES}
+max_tokens = 150
+max_prompts = 12
+[answer]
+max_tokens = 40
+[assess]
+max_tokens = 8
+[measure]
+batch_tokens = 512
+[train]
+r = 2
+batch_size = 2
+warmup_steps = 2
+learning_rate = 1e-4
+eval_steps = 3
+checkpoint_steps = 2
+"""
+# One thread: processes of a test machine's neighbours make two spin against each other.
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, a configuration and seed tasks."""
+    folder = tmp_path_factory.mktemp("given")
+    write_parrot(folder / "parrot")
+    (folder / "tiny.toml").write_text(CONFIG)
+    (folder / "seeds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in seed_rows()))
+    return folder
+
+
+def words(given: Path, *more: object) -> list[str]:
+    """The command's words after the module's name."""
+    flags = ["--model", given / "parrot", "--config", given / "tiny.toml", "--seeds", given / "seeds.jsonl"]
+    return [str(word) for word in (*flags, *more)]
+
+
+def command(given: Path, *more: object) -> list[str]:
+    return [sys.executable, "-m", "isheep.run", *words(given, *more)]
+
+
+@pytest.fixture(scope="module")
+def whole(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one iteration that was never stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(given, "--out", out, "--iterations", 1), env=ENV, check=True, capture_output=True)
+    return out
+
+
+def start(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    """The command in this process; a user's mistake is raised."""
+    monkeypatch.setattr(sys, "argv", ["isheep.run", *map(str, arguments)])
+    run.main()
+
+
+def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(given: Path, tmp_path: Path) -> None:
+    outcome = kill_and_compare(command(given), tmp_path, num_kills=10, seed=0, env=ENV)
+    assert outcome.differing == []
+    assert outcome.num_kills == 10 and outcome.num_files == 2 * 21
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_resumes(given: Path, whole: Path, tmp_path: Path) -> None:
+    line = command(given, "--out", tmp_path / "run", "--iterations", 1)
+    process = subprocess.Popen(line, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    answers = tmp_path / "run/iter1/answers.jsonl.part"
+    while process.poll() is None and not answers.exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130 and "the same command resumes" in err and "Traceback" not in err
+    assert '"stage stopped"' in (tmp_path / "run/events.jsonl").read_text()
+    subprocess.run(line, env=ENV, check=True, capture_output=True)
+    assert digests(tmp_path / "run") == digests(whole)
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(given: Path, whole: Path, tmp_path: Path) -> None:
+    def limit() -> None:  # a file beyond this size fails to be written, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    line = command(given, "--out", tmp_path / "run", "--iterations", 1)
+    done = subprocess.run(line, env=ENV, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2 and "no space left to write" in done.stderr and "Traceback" not in done.stderr
+    subprocess.run(line, env=ENV, check=True, capture_output=True)
+    assert digests(tmp_path / "run") == digests(whole)
+
+
+def test_the_folder_says_what_was_run_on_what(whole: Path) -> None:
+    env = json.loads((whole / "env.json").read_text())
+    assert env["versions"]["torch"] and env["device"] == "cpu" and env["num_threads"] == 1 and env["backend"]
+    assert 'template = "chatml"' in (whole / "config.toml").read_text()
+    events = [json.loads(line) for line in (whole / "events.jsonl").read_text().splitlines()]
+    assert events[0]["event"] == "run started" and events[-1]["event"] == "run finished"
+    finished = {row["stage"]: row for row in events if row["event"] == "stage finished"}
+    assert list(finished) == ["instruct", "answer", "assess", "measure", "select", "train", "show"]
+    assert finished["instruct"]["counts"]["kept"] == 16 and finished["instruct"]["num_decode_tokens"] > 0
+    summary = (whole / "summary.md").read_text()
+    assert "instruct: kept" in summary and "**base**:" in summary and "**iter1**:" in summary
+
+
+def test_zero_survivors_end_with_2_the_reasons_and_a_way_out(given: Path, tmp_path: Path) -> None:
+    line = command(given, "--out", tmp_path / "run", "--set", "select.threshold=9.9", "--set", "assess.temperature=0")
+    done = subprocess.run(line, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2
+    for part in ("iter1: none of", "by select low_quality", "lower select.threshold", "stays in"):
+        assert part in done.stderr
+    assert (tmp_path / "run/iter1/selected.jsonl.seal").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--set", "select.threshold=5"], r"select\.threshold = 8\.0 there, 5\.0 now"),
+        (["--seed", "3"], "seed = 0 there, 3 now"),
+        (["--setting", "one_base", "--set", "train.learning_rate=1e-3"], r"train\.learning_rate"),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused_by_key(
+    given: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], sentence: str
+) -> None:
+    before = digests(whole)
+    with pytest.raises(UserError, match=sentence):
+        start(monkeypatch, *words(given, "--out", whole, "--iterations", 1, *flags))
+    assert digests(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--model", "smollm-135m"], 'Did you mean "smollm2-135m"'),
+        (["--set", "instruct.datasize=5"], r"Did you mean instruct\.data_size"),
+        (["--set", "train.r=many"], "train.r must be a whole number"),
+        (["--setting", "one_bass"], "one_base"),
+        (["--set", "select.method=pll"], "ppl"),
+        (["--set", "select.method=ppl", "--set", "measure.enabled=false"], "needs perplexities"),
+        (["--seeds", "nowhere.jsonl"], r"cannot read nowhere\.jsonl"),
+        (["--config", "nowhere.toml"], r"cannot read the configuration nowhere\.toml"),
+        (["--adapter", "x"], "starts from the base model"),
+        (["--dtype", "float32", "--set", "iterations=0"], "iterations must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_anything_is_written(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence) as error:
+        start(monkeypatch, *words(given, "--out", tmp_path / "run", *flags))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("run/iter*"))
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another place"):
+        start(monkeypatch, *words(given, "--out", tmp_path / "file" / "run"))
+
+
+def test_out_and_model_are_asked_for(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="out is not given: pass --out"):
+        start(monkeypatch, *words(given))
+
+
+def test_flags_win_over_configurations_and_set_over_flags(given: Path) -> None:
+    flags = ["--config", given / "tiny.toml", "--out", "x", "--seed", 5, "--dtype", "bfloat16", "--set", "seed=6"]
+    cfg = run.resolve(run.parser().parse_args(words(given, *flags)))
+    assert (cfg.seed, cfg.dtype, cfg.iterations, cfg.instruct.data_size) == (6, "bfloat16", 2, 16)
+
+
+@pytest.mark.parametrize(("model", "iterations"), [("qwen1.5-72b", 6), ("qwen1.5-7b", 3), ("some/model", 3)])
+def test_the_number_of_iterations_is_the_papers(model: str, iterations: int) -> None:
+    cfg = run.resolve(run.parser().parse_args(["--model", model, "--out", "x"]))
+    assert cfg.iterations == iterations and cfg.dtype == "bfloat16" and cfg.seed == 0
