@@ -35,7 +35,7 @@ def draw(logits: Tensor, seqs: Seq[Sequence], keys: Seq[int], ends: Seq[frozense
     changed = [i for i, seq in enumerate(seqs) if _needs_change(seq)]
     adjusted = logits
     if changed:
-        adjusted = logits.float()
+        adjusted = logits.to(torch.float32, copy=True)
         for i in changed:
             _change(adjusted[i], seqs[i], ends[i])
 
