@@ -8,7 +8,6 @@
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-THREADS := OMP_NUM_THREADS=2
 
 .PHONY: demo test test-gpu lint venv
 
@@ -16,7 +15,7 @@ demo: .venv/demo.stamp
 	$(PY) -m isheep.run --model smollm2-135m --config configs/demo.toml --out runs/demo
 
 test: venv
-	$(THREADS) $(PY) -m pytest -q -m "not gpu"
+	$(PY) -m pytest -q -n 2 -m "not gpu"
 
 test-gpu: venv
 	$(PY) -m pytest -q tests/gpu
