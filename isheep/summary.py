@@ -111,7 +111,8 @@ def _column(folder: Path, times: Mapping[tuple[str, str], Counter[str]]) -> dict
         counts = stage_counts(folder, stage)
         if spent["num_decode_tokens"]:
             counts["output tokens/s"] = round(spent["num_decode_tokens"] / spent["seconds"])
-        counts["seconds"] = round(spent["seconds"], 1)
+        if spent:
+            counts["seconds"] = round(spent["seconds"], 1)
         column |= {f"{stage}: {words}": value for words, value in counts.items()}
     return column
 
