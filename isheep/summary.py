@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from isheep.artifacts import write_atomic
+from isheep.artifacts import read_rows, write_atomic
 from isheep.stages import DROPPED, Row, kept, read_sealed
 
 
@@ -95,7 +95,8 @@ def stage_counts(folder: Path, stage: str) -> dict[str, Any]:
 
 def write_summary(out: Path) -> str:
     """Make out/summary.md from what is in the folder -> its text."""
-    folders = sorted((f for f in out.glob("iter*") if f.is_dir()), key=lambda f: int(f.name.removeprefix("iter")))
+    folders = [f for f in out.glob("iter*") if f.name.removeprefix("iter").isdecimal()]
+    folders.sort(key=lambda f: int(f.name.removeprefix("iter")))
     times = _times(out / "events.jsonl")
     columns = [_column(folder, times) for folder in folders]
     text = f"# {out.name}\n\n{_table([f.name for f in folders], columns)}\n{_samples(folders)}"
@@ -120,7 +121,7 @@ def _column(folder: Path, times: Mapping[tuple[str, str], Counter[str]]) -> dict
 def _times(events: Path) -> dict[tuple[str, str], Counter[str]]:
     """(iteration's name, stage) -> seconds and tokens, over all starts of the run."""
     times: dict[tuple[str, str], Counter[str]] = {}
-    for row in read_sealed(events):
+    for row in read_rows(events)[0]:  # a full disk may have torn a line
         if row["event"] in ("stage finished", "stage stopped"):
             spent = times.setdefault((f"iter{row['iteration']}", row["stage"]), Counter())
             spent.update({name: row[name] for name in ("seconds", "num_decode_tokens")})

@@ -24,6 +24,7 @@ def written(out: Path) -> Path:
     ]
     sealed(folder / "answers.jsonl", answers)
     events = Events(out / "events.jsonl")
+    (out / "events.jsonl").write_text('{"event": "stage st\n')  # torn by a full disk
     for status, seconds, tokens in (("stopped", 2.0, 60), ("finished", 3.0, 40)):
         events.write(f"stage {status}", iteration=1, stage="instruct", seconds=seconds, num_decode_tokens=tokens)
     return folder
