@@ -44,7 +44,8 @@ class SamplerConfig:
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        _require(self, "block_size", self.block_size >= 16 and self.block_size % 16 == 0, "a multiple of 16")
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "kv_cache_gib", self.kv_cache_gib is None or self.kv_cache_gib > 0, "above 0")
 

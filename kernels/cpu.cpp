@@ -54,11 +54,11 @@ static inline void store(bf16* p, vec v) {
     hvec h = round_bf16(v);
     std::memcpy(p, &h, sizeof h);
 }
-// The last n < 16 elements of a row; the other lanes read as zero.
+// The last n < 16 elements of a row, or none; the other lanes read as zero.
 template <typename E> static inline vec load(const E* p, int64_t n) {
     if (__builtin_expect(n >= W, 1)) return load(p);
     E buffer[W] = {};
-    std::memcpy(buffer, p, n * sizeof(E));
+    if (n > 0) std::memcpy(buffer, p, n * sizeof(E));
     return load(buffer);
 }
 template <typename E> static inline void store(E* p, vec v, int64_t n) {
@@ -344,7 +344,7 @@ static void attend(const Paged<E>& a, Task task, Scratch<E>& s) {
             const float *wide[TILE], *const* none = nullptr;
             for (int j = 0; j < n; j++) {
                 wide[j] = &s.values[j * N * W];
-                for (int d = 0; d < N * W; d += W) store(&s.values[j * N * W + d], load(tile.values[j] + d, std::max(0, a.D - d)));
+                for (int d = 0; d < N * W; d += W) store(&s.values[j * N * W + d], load(tile.values[j] + d, a.D - d));
             }
             by_rows<ROWS>(M, [&](auto rows, int m) {
                 add_values<rows.value, N>(&s.scores[m * TILE], &s.shrink[m], wide, none, n, N * W, &s.out[m * N * W]);

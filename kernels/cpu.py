@@ -19,7 +19,6 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
-TILE = 64  # keys that attention takes at once, a whole number of blocks: as in cpu.cpp
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _p, _i, _l, _f = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float

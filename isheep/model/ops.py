@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isheep.config import UserError
 from isheep.model.batch import PackedBatch
 from isheep_kernels import cpu
 from isheep_kernels.attention_packed import attention_packed_ref
@@ -119,8 +118,7 @@ def kv_cache_shapes(
 ) -> list[tuple[int, ...]]:
     """Shapes of one layer's key and value cache for tensors like x; the C++ kernel keeps keys transposed."""
     if cpu.serves(x):
-        if cpu.TILE % block_size:
-            raise UserError(f"sampler.block_size must divide {cpu.TILE} on a CPU, not be {block_size}.")
+        assert block_size % 16 == 0, f"blocks of {block_size} slots: the kernel takes sixteen keys at once"
         pack = 4 // x.element_size()
         keys = (num_blocks, num_kv_heads, head_dim // pack, block_size, pack)
         return [keys, (num_blocks, num_kv_heads, block_size, head_dim)]

@@ -82,7 +82,7 @@ def test_decode_prefill_and_chunks_in_one_batch(heads, head_dim, block_size, dty
 
 @needs_compiler
 @DTYPES
-@pytest.mark.parametrize("block_size", [1, 4, 8, 64])
+@pytest.mark.parametrize("block_size", [48, 64])
 def test_other_block_sizes(block_size, dtype, monkeypatch):
     q, k, v, batch, blocks = problem("gqa3", 16, block_size, dtype)
     got = ops.attention_paged(q, *cached(k, v, blocks, block_size, ops.write_kv, k[0]), batch, 0.25)
