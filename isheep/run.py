@@ -20,6 +20,7 @@ from isheep.artifacts import write_atomic
 from isheep.cli import Opened, add_model_args, open_named, run_main
 from isheep.config import RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
 from isheep.log import log
+from isheep.text.seeds import load_seeds
 
 DEFAULT_ITERATIONS = 3  # the paper's, for all but its two largest models
 # A finished result does not depend on these, so a run may go on with others. More iterations prolong a run.
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add_model_args(p)
     p.set_defaults(dtype=None, device=None, seed=None)  # a configuration may set them too
     p.add_argument("--config", action="append", type=Path, default=[], help="a TOML file; later ones win")
-    p.add_argument("--out", help="the run folder; an unfinished run in it is continued")
+    p.add_argument("--out", help="the run folder, continued where it stands; default runs/MODEL")
     p.add_argument("--setting", help="what each iteration trains, on which data (default one_base)")
     p.add_argument("--iterations", type=int, help="default: the paper's number for this model")
     p.add_argument("--seeds", help="JSONL of seed tasks; default: the project's own 175")
@@ -45,11 +46,11 @@ def main() -> None:
     args = parser().parse_args()
     if args.adapter:
         raise UserError("a run starts from the base model: --adapter has no place here, leave it out.")
-    cfg = resolve(args)
-    cfg = against_folder(cfg)
+    cfg = against_folder(resolve(args))
+    seeds = Path(cfg.seeds) if cfg.seeds else data_path("seeds", "seed_tasks.jsonl")
+    load_seeds(seeds)  # now, so that a mistake in the file does not wait for the model
     opened = open_named(cfg.model, cfg.dtype, cfg.device, template=cfg.template)
     cfg = replace(cfg, template=opened.template.name)
-    seeds = Path(cfg.seeds) if cfg.seeds else data_path("seeds", "seed_tasks.jsonl")
     env = environment(opened)
     write_atomic(Path(cfg.out) / "config.toml", to_toml(cfg))
     write_atomic(Path(cfg.out) / "env.json", json.dumps(env, indent=1) + "\n")
@@ -72,7 +73,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     """The run's settings, the number of iterations included; the template may still be the model's to say."""
     names = ("model", "out", "dtype", "device", "seed", "setting", "iterations", "seeds")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    cfg = load_config(RunConfig, *args.config, flags, overrides=args.set)
+    default = {"out": f"runs/{Path(args.model).name}"}
+    cfg = load_config(RunConfig, default, *args.config, flags, overrides=args.set)
     if cfg.select.method == "ppl" and not cfg.measure.enabled:
         raise UserError('select.method = "ppl" needs perplexities: set measure.enabled = true.')
     if cfg.iterations is None:

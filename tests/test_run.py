@@ -171,7 +171,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_written(
     with pytest.raises(UserError, match=sentence) as error:
         start(monkeypatch, *words(given, "--out", tmp_path / "run", *flags))
     assert "\n" not in str(error.value)
-    assert not list(tmp_path.glob("run/iter*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(
@@ -182,9 +182,11 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
         start(monkeypatch, *words(given, "--out", tmp_path / "file" / "run"))
 
 
-def test_out_and_model_are_asked_for(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="out is not given: pass --out"):
-        start(monkeypatch, *words(given))
+def test_the_folder_is_named_after_the_model_where_nothing_else_is_said(given: Path) -> None:
+    assert run.resolve(run.parser().parse_args(["--model", "Qwen/Qwen1.5-7B"])).out == "runs/Qwen1.5-7B"
+    (given / "out.toml").write_text('out = "elsewhere"')
+    args = run.parser().parse_args(["--model", "m", "--config", str(given / "out.toml")])
+    assert run.resolve(args).out == "elsewhere"
 
 
 def test_flags_win_over_configurations_and_set_over_flags(given: Path) -> None:
