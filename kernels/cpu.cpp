@@ -1,112 +1,16 @@
 // The CPU's kernels: what Triton is on a GPU, C++ is here. Built once by cpu.py, called through raw pointers.
 //
-// Written on sixteen-lane vectors (gcc's vector extension), which the compiler maps to AVX-512, AVX2 or NEON; the one
-// intrinsic, AVX512-BF16's dot product, has its plain twin beside it. Sums are fp32, long ones are closed in double.
+// Written on the vectors of lanes.h; the one intrinsic, AVX512-BF16's dot product, has its plain twin beside it. Sums are
+// fp32, long ones are closed in double. What only training needs is in cpu_train.cpp.
 // Shapes: T tokens, S sequences, H query heads, G key/value heads, D head size, V vocabulary, NB blocks of BS slots.
 //
 // Cache layouts, chosen so that a tile of keys is one row of lanes and nothing is transposed or reduced sideways:
 //   keys    [NB, G, D/X, BS, X]   X = 4 bytes / sizeof(element): a bf16 key keeps pairs of dimensions in one lane
 //   values  [NB, G, BS, D]
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-
-// ---- sixteen lanes ---------------------------------------------------------------------------------------------
-
-constexpr int W = 16;
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-typedef uint16_t hvec __attribute__((vector_size(32)));
-struct bf16 { uint16_t bits; };
-
-static inline vec splat(float x) { return x - vec{}; }
-static inline float to_float(float x) { return x; }
-static inline float to_float(bf16 x) {
-    uint32_t u = uint32_t(x.bits) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-static inline vec load(const float* p) {
-    vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline vec load(const bf16* p) {
-    hvec h;
-    std::memcpy(&h, p, sizeof h);
-    return (vec)(__builtin_convertvector(h, uvec) << 16);
-}
-static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-static inline hvec round_bf16(vec v) {  // to nearest even, as torch does
-    uvec u = (uvec)v;
-    return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec);
-}
-static inline void store(bf16* p, vec v) {
-    hvec h = round_bf16(v);
-    std::memcpy(p, &h, sizeof h);
-}
-// The last n < 16 elements of a row, or none; the other lanes read as zero.
-template <typename E> static inline vec load(const E* p, int64_t n) {
-    if (__builtin_expect(n >= W, 1)) return load(p);
-    E buffer[W] = {};
-    if (n > 0) std::memcpy(buffer, p, n * sizeof(E));
-    return load(buffer);
-}
-template <typename E> static inline void store(E* p, vec v, int64_t n) {
-    if (n >= W) return store(p, v);
-    E buffer[W];
-    store(buffer, v);
-    std::memcpy(p, buffer, n * sizeof(E));
-}
-// What a value is once it is stored as E.
-static inline vec as_stored(vec v, const float*) { return v; }
-static inline vec as_stored(vec v, const bf16*) { return (vec)(__builtin_convertvector(round_bf16(v), uvec) << 16); }
-
-static inline float sum(vec v) {
-    float s = 0;
-    for (int i = 0; i < W; i++) s += v[i];
-    return s;
-}
-static inline vec larger(vec a, vec b) { return a > b ? a : b; }
-static inline float largest(vec v) {
-    float m = v[0];
-    for (int i = 1; i < W; i++) m = std::max(m, v[i]);
-    return m;
-}
-
-// exp for x <= 0 to 2 ulp; below -87 it is 1e-38.
-static inline vec exp_neg(vec x) {
-    x = larger(x, splat(-87.0f));
-    ivec n = __builtin_convertvector(x * 1.44269504f - 0.5f, ivec);  // truncation: the nearest, since x <= 0
-    vec whole = __builtin_convertvector(n, vec);
-    vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)((n + 127) << 23);
-}
-static inline float exp_neg(float x) { return exp_neg(splat(x))[0]; }
-
-static inline vec sigmoid(vec g) {
-    vec e = exp_neg(g < 0 ? g : -g);
-    return (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
-}
+#include "lanes.h"
 
 // ---- norm, activation, rope ------------------------------------------------------------------------------------
-
-constexpr int64_t SMALL = 16384;  // elements below which a second thread costs more than it does
 
 template <typename E>
 static void rms_norm(const E* x, const E* w, E* y, int64_t rows, int64_t cols, float eps) {
@@ -294,13 +198,6 @@ template <typename E> struct Scratch {
     Scratch(int rows, int N)
         : q(rows), scores(rows * TILE), out(rows * N * W), max(rows), total(rows), shrink(rows), values(TILE * N * W) {}
 };
-
-// Calls f.template operator()<ROWS>(m) over all M rows, a block at a time.
-template <int ROWS, typename F> static inline void by_rows(int M, F f) {
-    int m = 0;
-    for (; m + ROWS <= M; m += ROWS) f(std::integral_constant<int, ROWS>(), m);
-    for (; m < M; m++) f(std::integral_constant<int, 1>(), m);
-}
 
 template <int N, typename E>
 static void attend(const Paged<E>& a, Task task, Scratch<E>& s) {

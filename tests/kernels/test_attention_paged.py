@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from isheep.config import UserError
 from isheep.model import ops
 from isheep_kernels import cpu
 from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
@@ -105,13 +104,6 @@ def test_a_token_gets_the_same_bytes_whatever_the_batch(dtype):
             y = ops.attention_paged(q[start + i : start + i + 1], *cache, alone, 0.125)
             assert torch.equal(y[0], together[start + i])
         start += n
-
-
-@needs_compiler
-def test_a_block_size_that_the_kernel_cannot_tile_is_refused():
-    for size in (24, 48, 128):
-        with pytest.raises(UserError, match=f"block_size.*{size}"):
-            ops.kv_cache_shapes(torch.zeros(1), 4, size, 1, 16)
 
 
 def test_definition_against_plain_attention():

@@ -1,6 +1,16 @@
 import pytest
+import torch
 
 from isheep_kernels import cpu
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are small here: on a busy machine, waiting for a second thread costs more than it does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["cpp", "torch"])

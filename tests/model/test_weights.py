@@ -126,15 +126,15 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peak_memory_is_the_model_and_one_tensor(folder, tmp_path, dtype):
-    """104 MB of bf16 on disk, in tensors of 8 MB at most. A file read whole or kept mapped would add all 104."""
+def test_peak_memory_is_the_model_and_less_than_one_tensor(folder, tmp_path, dtype):
+    """98 MB of bf16 on disk, in tensors of 8 MB at most. A file read whole or kept mapped would add all 98."""
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 2048}
     big = tmp_path / "big"
     write_checkpoint(tiny_model(dtype=torch.bfloat16, **shape), big, **shape)
     run = [sys.executable, "-c", PEAK, str(folder), str(big), dtype]
     root = Path(__file__).parents[2]
     extra, size = map(int, subprocess.run(run, check=True, capture_output=True, text=True, cwd=root).stdout.split())
-    assert 0.9 * size < extra < size + 8e6 + 16e6
+    assert 0.9 * size < extra < size + 8e6
 
 
 # ---- bad -------------------------------------------------------------------------------------------------------------
