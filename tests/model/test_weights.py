@@ -17,6 +17,9 @@ from isheep.model.weights import load_model, resolve
 from tests.tiny import config_json, tiny_model, write_checkpoint
 
 
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A good checkpoint of `tiny_model()`."""
@@ -112,12 +115,21 @@ def test_the_weights_do_not_hang_on_the_file(folder):
     assert_same_weights(model, tiny_model())
 
 
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tensor_larger_than_the_buffer(folder, into):
+    edit_tensors(folder, lambda t: t.update({Q_PROJ: t[Q_PROJ].bfloat16()}))
+    tensor = torch.full((48, 48), torch.nan, dtype=into)
+    weights._stored_tensors(folder)[Q_PROJ].read(tensor, torch.empty(70, dtype=torch.uint8))
+    assert torch.equal(tensor, load_file(folder / "model.safetensors")[Q_PROJ].to(into))
+
+
 PEAK = """
 import sys, torch
 from isheep.model.weights import load_model
 def peak():  # getrusage would give the parent's, where that is higher
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-load_model(sys.argv[1], torch.float32, "cpu")  # a tiny one: imports, thread pools
+for dtype in (torch.float32, torch.bfloat16):
+    load_model(sys.argv[1], dtype, "cpu")  # a tiny one: imports, thread pools, pages of code
 before = peak()
 model = load_model(sys.argv[2], getattr(torch, sys.argv[3]), "cpu")
 print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameters()))
@@ -171,7 +183,6 @@ def write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BAD = {
     "no config": (lambda f: (f / "config.json").unlink(), r"checkpoint has no config\.json"),
     "an adapter": (to_adapter, r"--adapter"),
@@ -228,7 +239,7 @@ def test_a_file_that_shrinks_under_our_hands(folder, monkeypatch):
     truncate(folder)
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[: stored.start + 10])
     with pytest.raises(UserError, match="shorter"):
-        stored.read(torch.empty(stored.shape))
+        stored.read(torch.empty(stored.shape), torch.empty(64, dtype=torch.uint8))
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
