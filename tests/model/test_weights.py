@@ -16,7 +16,6 @@ from isheep.model import weights
 from isheep.model.weights import load_model, resolve
 from tests.tiny import config_json, tiny_model, write_checkpoint
 
-
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
