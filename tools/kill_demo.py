@@ -22,8 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 TIMED = "train_summary.json"  # seconds and tokens/s are no result
 SMALLER = (
-    *("dtype=float32", "instruct.data_size=16", "instruct.max_prompts=8", "instruct.max_tokens=200"),
-    *("answer.max_tokens=40", "train.epochs=1.0", "train.checkpoint_steps=1"),
+    *("dtype=float32", "instruct.data_size=24", "instruct.max_prompts=12", "instruct.max_tokens=200"),
+    *("answer.max_tokens=40", "select.threshold=0", "train.epochs=1.0", "train.checkpoint_steps=1"),
 )
 
 
