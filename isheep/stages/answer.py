@@ -43,7 +43,9 @@ def _requests(
     it: Iteration, tokenizer: Tokenizer, rows: dict[str, Row], cfg: AnswerConfig, journal: Journal
 ) -> Iterator[Request]:
     """A request for each row that fits the context; the others are journaled as dropped on the way."""
-    params = SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens)
+    params = SamplingParams(
+        temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens, stop=it.template.stop
+    )
     for key, row in rows.items():
         ids = tokenizer.encode(it.template.prompt(row["instruction"], row["input"]))
         if it.fits(ids):
