@@ -1,4 +1,4 @@
-"""The CPU's kernels: `cpu.cpp`, compiled once per machine and called through raw pointers.
+"""The CPU's kernels: `cpu.cpp` and `cpu_train.cpp`, compiled once per machine and called through raw pointers.
 
 Triton has no CPU backend, and eager torch pays some ten microseconds an operator, which is most of a decode step of a
 small model. So the CPU gets its few hot loops in C++. No compiler: `library()` is None and torch's definitions serve.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_train.cpp", "lanes.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -30,6 +30,11 @@ SIGNATURES = {
     "rope": [_p, _p, _p, _p, _l, _i, _i, _f],
     "write_kv": [_p, _p, _p, _p, _p, _l, _i, _i, _i],
     "attention_paged": [_p, _p, _p, _p, _p, _p, _p, _l, _i, _i, _i, _i, _i, _f],
+    "cross_entropy": [_p, _p, _p, _l, _l, _i],
+    "lora_down": [_p, _p, _p, _l, _l, _l, _l, _l],
+    "lora_up": [_p, _p, _p, _p, _l, _l, _l, _f, _i, _l, _l],
+    "lora_outer": [_p, _p, _p, _l, _l, _l, _l, _l],
+    "attention_packed_backward": [_p, _p, _p, _p, _p, _p, _p, _p, _i, _i, _i, _i, _f],
     "sample": [_p, _l, _l, _p, _p, _p, _p, _p, _p, _p],
 }
 
@@ -60,7 +65,8 @@ def library() -> ctypes.CDLL | None:
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None or not shutil.which(compiler):
         return None
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, compiler, _processor()]).encode()).hexdigest()[:16]
+    made_from = [*(source.read_text() for source in SOURCES), *FLAGS, compiler, _processor()]
+    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "isheep"
     built = folder / f"cpu-{key}.so"
     try:
@@ -68,7 +74,8 @@ def library() -> ctypes.CDLL | None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: two processes may build
                 part = Path(scratch) / "cpu.so"
-                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(part)], check=True, capture_output=True)
+                files = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+                subprocess.run([compiler, *FLAGS, *files, "-o", str(part)], check=True, capture_output=True)
                 part.rename(built)
         lib = ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError):

@@ -4,12 +4,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isheep_kernels import cpu
+
 IGNORE = -100
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """hidden [T, C], weight [V, C], targets [T] -> negative log-likelihood [T] in fp32, 0 where the target is -100."""
     return F.cross_entropy((hidden @ weight.t()).float(), targets, ignore_index=IGNORE, reduction="none")
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """Negative log-likelihood [N] fp32 of logits [N, V]; with `gradient` they become softmax − onehot, in place."""
+    if cpu.serves(logits):
+        nll = torch.empty(len(logits), dtype=torch.float32)
+        pointers = logits.data_ptr(), targets.data_ptr(), nll.data_ptr()
+        cpu.kernel("cross_entropy", logits.dtype)(*pointers, *logits.shape, gradient)
+        return nll
+    log_probs = logits.float().log_softmax(-1)
+    nll = -log_probs.gather(1, targets[:, None]).squeeze(1)
+    if gradient:
+        probs = log_probs.exp_()
+        probs.scatter_add_(1, targets[:, None], probs.new_full((len(probs), 1), -1.0))
+        logits.copy_(probs)
+    return nll
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -25,15 +43,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = (targets != IGNORE).nonzero().squeeze(1)
         nll = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         by_hidden = hidden.new_empty(len(rows), hidden.shape[1]) if ctx.needs_input_grad[0] else None
+        if len(rows) and not 0 <= targets[rows].min() <= targets[rows].max() < len(weight):
+            raise IndexError(f"a target is out of bounds of the vocabulary of {len(weight)}")
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
-            target = targets[part, None]
-            log_probs = (hidden[part] @ weight.t()).float().log_softmax(-1)
-            nll[part] = -log_probs.gather(1, target).squeeze(1)
+            logits = hidden[part] @ weight.t()
+            nll[part] = _cross_entropy_(logits, targets[part], by_hidden is not None)
             if by_hidden is not None:
-                probs = log_probs.exp_()
-                probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-                by_hidden[start : start + chunk] = probs.to(weight.dtype) @ weight
+                torch.mm(logits, weight, out=by_hidden[start : start + chunk])
         ctx.save_for_backward(by_hidden, rows)
         return nll
 

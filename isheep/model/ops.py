@@ -4,23 +4,26 @@ On the CPU in fp32 and bf16: the C++ kernels of `isheep_kernels.cpu`, where a co
 definitions (`*_ref`). `backend` says which, for the run's log. Every operation has a gradient for what can be trained.
 """
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isheep.model.batch import PackedBatch
+from isheep.model.batch import PackedBatch, PagedMeta
 from isheep_kernels import cpu
 from isheep_kernels.attention_packed import attention_packed_ref
 from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
 from isheep_kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from isheep_kernels.lora_matmul import dropout_mask
 from isheep_kernels.rms_norm import rms_norm_ref
 from isheep_kernels.rope import rope_ref
 from isheep_kernels.sampling import sample_ref
 from isheep_kernels.swiglu import swiglu_ref
 
-__all__ = ["IGNORE", "linear_cross_entropy"]
+__all__ = ["IGNORE", "dropout_mask", "linear_cross_entropy"]
 
 
 def backend(x: Tensor) -> str:
@@ -105,12 +108,47 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
+PACKED_BLOCK = 64  # slots of a block where a cache is made for one packed forward
+
+
+class _AttentionPacked(torch.autograd.Function):
+    """Forward through the paged kernel on a cache of this call's own; backward computes the weights again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, batch, scale):  # type: ignore[no-untyped-def]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        ctx.save_for_backward(q, k, v, batch.cu_seqlens)
+        ctx.scale = scale
+        return _attend(q, k, v, batch, scale)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        q, k, v, cu = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        sizes = (len(cu) - 1, q.shape[1], *k.shape[1:], ctx.scale)
+        _run("attention_packed_backward", q, k, v, grads[0].contiguous(), dq, dk, dv, cu, *sizes)
+        return dq, dk, dv, None, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
+    """Each sequence gets blocks of its own in a cache that lives for this call."""
+    lens = torch.tensor(batch.seqlens, dtype=torch.int32)
+    num_blocks = (lens + PACKED_BLOCK - 1) // PACKED_BLOCK
+    first = num_blocks.cumsum(0, dtype=torch.int32) - num_blocks
+    shapes = kv_cache_shapes(q, int(num_blocks.sum()), PACKED_BLOCK, *k.shape[1:])
+    k_cache, v_cache = (q.new_zeros(shape) for shape in shapes)
+    slots = batch.positions + torch.repeat_interleave(first, lens) * PACKED_BLOCK
+    tables = first[:, None] + torch.arange(int(num_blocks.max()), dtype=torch.int32)
+    paged = replace(batch, paged=PagedMeta(slots, tables, lens))
+    write_kv(k, v, paged, k_cache, v_cache)
+    return attention_paged(q, k_cache, v_cache, paged, scale)
+
+
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
     """Causal within each sequence of the batch. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
-    ends = [0]
-    for n in batch.seqlens:
-        ends.append(ends[-1] + n)
-    return attention_packed_ref(q, k, v, ends, scale)
+    if cpu.serves(q):
+        return _AttentionPacked.apply(q, k, v, batch, scale)
+    return attention_packed_ref(q, k, v, [0, *accumulate(batch.seqlens)], scale)
 
 
 def kv_cache_shapes(
@@ -171,45 +209,103 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
     return F.linear(x, weight, bias)
 
 
-def dropout_mask(like: Tensor, p: float, key: int) -> Tensor:
-    """Bool, shaped as `like`, False with probability p (in 1/65,536ths): a function of the key, so never stored."""
-    generator = torch.Generator(like.device).manual_seed(key)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)  # four draws from each word
-    return bits[: like.numel()].view_as(like) >= round(p * 65536) - 32768
+def _dropout(p: float, key: int) -> tuple[int, int]:
+    """What the C++ kernels take: the key, and the threshold below which a 32-bit number means dropped."""
+    return key, round(p * 2**32)
 
 
-class _LoRALinear(torch.autograd.Function):
-    """y = x wᵀ + bias + scale · (drop(x) aᵀ) bᵀ with gradients for x, a and b. Keeps x and the [T, r] product only."""
+def _lora_down(x: Tensor, a: Tensor, p: float = 0.0, key: int = 0) -> Tensor:
+    """drop(x) aᵀ: x [T, K], a [r, K] fp32 -> [T, r], fp32 from C++, else x.dtype. Survivors are not scaled up here."""
+    if not cpu.serves(x):
+        return F.linear(x * dropout_mask(x, p, key) if p else x, a.to(x.dtype))
+    low = torch.empty(len(x), len(a), dtype=torch.float32)
+    _run("lora_down", x, a, low, *x.shape, len(a), *_dropout(p, key))
+    return low
+
+
+def _lora_delta(low: Tensor, b: Tensor, bias: Tensor | None, scale: float, like: Tensor) -> Tensor:
+    """bias + scale · low bᵀ: low [T, r], b [N, r] fp32 -> [T, N] in like.dtype."""
+    if not cpu.serves(like):
+        delta = (low @ b.t().to(low.dtype)).mul_(scale)
+        return delta if bias is None else delta.add_(bias)
+    y = like.new_empty(len(low), len(b))
+    offset = 0 if bias is None else bias.data_ptr()
+    _run("lora_up", y, low, b.t().contiguous(), offset, *y.shape, low.shape[1], scale, 0, 0, 0)
+    return y
+
+
+def _lora_add(y: Tensor, low: Tensor, a: Tensor, p: float, key: int) -> None:
+    """y [T, K] += drop(low a), in place: the way back of `_lora_down`."""
+    if cpu.serves(y):
+        _run("lora_up", y, low, a, 0, *y.shape, len(a), 1.0, 1, *_dropout(p, key))
+    elif p:
+        y.add_((low @ a.to(y.dtype)).mul_(dropout_mask(y, p, key)))
+    else:
+        y.addmm_(low, a.to(y.dtype))
+
+
+def _lora_outer(low: Tensor, x: Tensor, p: float = 0.0, key: int = 0) -> Tensor:
+    """lowᵀ drop(x): low [T, r], x [T, K] -> [r, K] fp32."""
+    if not cpu.serves(x):
+        return (low.t() @ (x * dropout_mask(x, p, key) if p else x)).float()
+    out = torch.empty(low.shape[1], x.shape[1], dtype=torch.float32)
+    _run("lora_outer", x, low, out, *x.shape, low.shape[1], *_dropout(p, key))
+    return out
+
+
+class _LoRADelta(torch.autograd.Function):
+    """bias + scale · (drop(x) aᵀ) bᵀ, and x again, on its way to the frozen product. Keeps x and the [T, r] product.
+
+    x passes through so that its two gradients are added where the first one lies.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, p, key):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, bias, a, b, scale, p, key):  # type: ignore[no-untyped-def]
         ctx.scale, ctx.p, ctx.key = scale / (1 - p), p, key
-        a16, b16 = a.to(x.dtype), b.to(x.dtype)
-        low = F.linear(x * dropout_mask(x, p, key) if p else x, a16)
-        ctx.save_for_backward(x, weight, a16, b16, low)
-        return F.linear(x, weight, bias).addmm_(low, b16.t(), alpha=ctx.scale)
+        x = x.contiguous()
+        low = _lora_down(x, a, p, key)
+        ctx.save_for_backward(x, a, b, low)
+        passed = x.view_as(x)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)
+        return _lora_delta(low, b, bias, ctx.scale, x), passed
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
-        x, weight, a, b, low = ctx.saved_tensors
-        dy = grads[0]
-        dlow = (dy @ b).mul_(ctx.scale)
-        mask = dropout_mask(x, ctx.p, ctx.key) if ctx.p else None
-        da = dlow.t() @ (x if mask is None else x * mask)
-        db = (dy.t() @ low).mul_(ctx.scale)
-        dx = None
+        x, a, b, low = ctx.saved_tensors
+        dy, dx = grads[0].contiguous(), grads[1]
+        dlow = _lora_down(dy, b.t().contiguous()).mul_(ctx.scale)
+        da = _lora_outer(dlow, x, ctx.p, ctx.key)
+        db = _lora_outer(low, dy).mul_(ctx.scale).t()
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx = dx.addmm_(dlow, a) if mask is None else dx.add_((dlow @ a).mul_(mask))
-        return dx, None, None, da.float(), db.float(), None, None, None
+            _lora_add(dx, dlow, a, ctx.p, ctx.key)
+        return dx if ctx.needs_input_grad[0] else None, None, da, db, None, None, None
+
+
+class _AddFrozen(torch.autograd.Function):
+    """delta + x wᵀ in place of delta. It keeps nothing that a checkpoint would have to compute again, so where this is
+    a layer's last product, computing the layer again ends before it."""
+
+    @staticmethod
+    def forward(ctx, delta, x, weight):  # type: ignore[no-untyped-def]
+        ctx.weight = weight  # frozen and alive anyway; save_for_backward would hand it to the checkpoint
+        ctx.mark_dirty(delta)
+        return delta.addmm_(x, weight.t())
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        return grads[0], grads[0] @ ctx.weight if ctx.needs_input_grad[1] else None, None
 
 
 def lora_linear_train(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, key: int
 ) -> Tensor:
-    """x [T, K], weight [N, K], a [r, K] fp32, b [N, r] fp32 -> [T, N]; p and key are the dropout's (p 0: none)."""
-    return _LoRALinear.apply(x, weight, bias, a, b, scale, p, key)
+    """x wᵀ + bias + scale · (drop(x) aᵀ) bᵀ with gradients for x, a and b.
+
+    x [T, K], weight [N, K], a [r, K] fp32, b [N, r] fp32 -> [T, N]; p and key are the dropout's (p 0: none).
+    """
+    delta, x = _LoRADelta.apply(x, bias, a, b, scale, p, key)
+    return _AddFrozen.apply(delta, x, weight)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import torch
 
 from isheep.model import ops
 from isheep_kernels.lora_matmul import lora_matmul_ref
-from tests.kernels.yardstick import DTYPES, assert_as_good_as, randn
+from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 SCALE = 2.0
 
@@ -32,6 +32,33 @@ def test_training_without_dropout(bias, dtype):
     assert got[2].dtype == got[3].dtype == torch.float32  # the adapter's own
     for triple in zip(got, ref, truth, strict=True):
         assert_as_good_as(*triple)
+
+
+@needs_compiler
+@DTYPES
+@pytest.mark.parametrize(("T", "r"), [(37, 3), (40, 8), (1, 11), (300, 16)], ids=str)
+def test_training_with_dropout_in_cpp(T, r, dtype):
+    """Ranks in and out of steps of eight; a column count that no vector divides; the key's high half counts too."""
+    (x, w, bias, a, b), dy = problem(dtype, T=T, r=r)
+    p, key = 0.25, (5 << 40) + 11
+
+    def both(function, *args):
+        return value_and_gradients(lambda x, w, c, a, b: function(x, w, c, a, b, SCALE, p, key), *args)
+
+    got = both(ops.lora_linear_train, x, w, bias, a, b, dy)
+    ref = both(lora_matmul_ref, x, w, bias, a, b, dy)
+    truth = both(lora_matmul_ref, *(t.double() for t in (x, w, bias, a, b, dy)))
+    for triple in zip(got, ref, truth, strict=True):
+        assert_as_good_as(*triple)
+
+
+@needs_compiler
+@DTYPES
+def test_the_gradient_of_an_input_that_needs_none_is_not_made(dtype):
+    (x, w, bias, a, b), dy = problem(dtype)
+    a, b = a.requires_grad_(), b.requires_grad_()
+    ops.lora_linear_train(x, w, bias, a, b, SCALE, 0.5, 3).backward(dy)
+    assert x.grad is None and a.grad.any() and b.grad.any()
 
 
 def test_training_with_dropout():
