@@ -60,18 +60,18 @@ static inline void down(const E* x, const float* a, float* low, int64_t t, int64
     vec acc[ROWS][RANK] = {};
     uint32_t rows[ROWS];
     for (int i = 0; i < ROWS; i++) rows[i] = drop.row(t + i);
-    for (int64_t k = 0; k < K; k += W) {
+    each_vector(K, [&](int64_t k, auto n) {
         vec xs[ROWS];
         for (int i = 0; i < ROWS; i++) {
-            xs[i] = load(x + (t + i) * K + k, K - k);
+            xs[i] = load(x + (t + i) * K + k, n);
             if (DROP) xs[i] = drop.keep(xs[i], rows[i], k);
         }
 #pragma GCC unroll 8
         for (int j = 0; j < RANK; j++) {
-            vec w = load(a + (first + j) * K + k, K - k);
+            vec w = load(a + (first + j) * K + k, n);
             for (int i = 0; i < ROWS; i++) acc[i][j] += xs[i] * w;
         }
-    }
+    });
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < RANK; j++) low[(t + i) * r + first + j] = sum(acc[i][j]);
 }
@@ -96,47 +96,44 @@ static void lora_up(const float* low, const float* b, const E* bias, E* y, int64
 #pragma omp parallel for if (T * N > SMALL)
     for (int64_t first = 0; first < T; first += ROWS) {
         const int count = int(std::min<int64_t>(ROWS, T - first));
-        std::vector<float> rows(ROWS * r);  // the last rows may be fewer: zeros serve for the others
-        std::copy_n(low + first * r, count * r, rows.begin());
+        std::vector<float> padded(ROWS * r);  // the last rows may be fewer: zeros serve for the others
+        std::copy_n(low + first * r, count * r, padded.begin());
+        const float* rows = padded.data();
         uint32_t keys[ROWS];
         for (int i = 0; i < ROWS; i++) keys[i] = drop.row(first + i);
-        for (int64_t n = 0; n < N; n += W) {
+        each_vector(N, [&](int64_t at, auto n) {
             vec acc[ROWS] = {};
             for (int64_t j = 0; j < r; j++) {
-                vec w = load(b + j * N + n, N - n);
+                vec w = load(b + j * N + at, n);
 #pragma GCC unroll 8
                 for (int i = 0; i < ROWS; i++) acc[i] += w * rows[i * r + j];
             }
-            const vec offset = bias ? load(bias + n, N - n) : vec{};
+            const vec offset = bias ? load(bias + at, n) : vec{};
             for (int i = 0; i < count; i++) {
-                E* to = y + (first + i) * N + n;
-                vec v = DROP ? drop.keep(acc[i], keys[i], n) : acc[i];
-                store(to, v * scale + (add ? load(to, N - n) : offset), N - n);
+                E* to = y + (first + i) * N + at;
+                vec v = DROP ? drop.keep(acc[i], keys[i], at) : acc[i];
+                store(to, v * scale + (add ? load(to, n) : offset), n);
             }
-        }
+        });
     }
 }
 
-template <bool DROP, int RANK, typename E>
+template <bool DROP, int RANK, typename E, typename N>
 static inline void outer(const float* low, const E* x, float* out, int64_t T, int64_t K, int64_t r, int64_t first, int64_t k,
-                         const uint32_t* keys, Dropout drop) {
+                         N n, const uint32_t* keys, Dropout drop) {
     constexpr int64_t ROWS = 64;  // summed apart, so that a long sum is rounded T / 64 times and not T times
     for (int64_t start = 0; start < T; start += ROWS) {
-        vec acc[RANK][2] = {};
+        vec acc[RANK] = {};
         for (int64_t t = start; t < std::min(T, start + ROWS); t++) {
-            vec xs[2] = {load(x + t * K + k, K - k), load(x + t * K + k + W, K - k - W)};
-            if (DROP)
-                for (int i = 0; i < 2; i++) xs[i] = drop.keep(xs[i], keys[t], k + i * W);
+            vec v = load(x + t * K + k, n);
+            if (DROP) v = drop.keep(v, keys[t], k);
 #pragma GCC unroll 8
-            for (int j = 0; j < RANK; j++)
-                for (int i = 0; i < 2; i++) acc[j][i] += xs[i] * low[t * r + first + j];
+            for (int j = 0; j < RANK; j++) acc[j] += v * low[t * r + first + j];
         }
-        for (int j = 0; j < RANK; j++)
-            for (int i = 0; i < 2 && k + i * W < K; i++) {
-                float* to = out + (first + j) * K + k + i * W;
-                const int64_t n = K - k - i * W;
-                store(to, start ? load(to, n) + acc[j][i] : acc[j][i], n);
-            }
+        for (int j = 0; j < RANK; j++) {
+            float* to = out + (first + j) * K + k;
+            store(to, start ? load(to, n) + acc[j] : acc[j], n);
+        }
     }
 }
 
@@ -145,12 +142,14 @@ template <bool DROP, typename E>
 static void lora_outer(const float* low, const E* x, float* out, int64_t T, int64_t K, int64_t r, Dropout drop) {
     std::vector<uint32_t> keys(DROP ? T : 0);
     for (size_t t = 0; t < keys.size(); t++) keys[t] = drop.row(t);
+    constexpr int64_t STEP = 64 / sizeof(E);  // a cache line of x
 #pragma omp parallel for if (T * K > SMALL)
-    for (int64_t k = 0; k < K; k += 2 * W) {
-        int64_t first = 0;
-        for (; first + 8 <= r; first += 8) outer<DROP, 8>(low, x, out, T, K, r, first, k, keys.data(), drop);
-        for (; first < r; first++) outer<DROP, 1>(low, x, out, T, K, r, first, k, keys.data(), drop);
-    }
+    for (int64_t start = 0; start < K; start += STEP)
+        each_vector(std::min(STEP, K - start), [&](int64_t k, auto n) {
+            int64_t first = 0;
+            for (; first + 8 <= r; first += 8) outer<DROP, 8>(low, x, out, T, K, r, first, start + k, n, keys.data(), drop);
+            for (; first < r; first++) outer<DROP, 1>(low, x, out, T, K, r, first, start + k, n, keys.data(), drop);
+        });
 }
 
 // ---- attention over packed sequences: the gradient -------------------------------------------------------------
@@ -236,11 +235,19 @@ template <typename E> struct Packed {
     float scale;
 };
 
-// All gradients of one key/value head of one sequence. Keys and values are held in fp32, D padded to DP.
+static inline void flush(std::vector<float>& part, std::vector<float>& total, int n) {
+    for (int i = 0; i < n; i++) {
+        total[i] += part[i];
+        part[i] = 0;
+    }
+}
+
+// All gradients of one key/value head of one sequence. Keys and values are held in fp32, D padded to DP. A key's gradient
+// has a term for each query row that sees it: 64 rows are summed apart, then added, so that long sums stay exact enough.
 template <typename E> static void attend_backward(const Packed<E>& a, int s, int g) {
     const int start = a.cu[s], n = a.cu[s + 1] - start, R = a.H / a.G, M = n * R;
     const int DP = (a.D + TILE - 1) / TILE * TILE, NP = (n + TILE - 1) / TILE * TILE;
-    std::vector<float> kt(DP * NP), vt(DP * NP), k(n * DP), dk(n * DP), dv(n * DP);
+    std::vector<float> kt(DP * NP), vt(DP * NP), k(n * DP), dk(n * DP), dv(n * DP), dk_part(n * DP), dv_part(n * DP);
     std::vector<float> q(B * DP), dy(B * DP), dq(B * DP), p(B * NP), ds(B * NP);
     for (int j = 0; j < n; j++)
         for (int d = 0; d < a.D; d++) {
@@ -260,8 +267,12 @@ template <typename E> static void attend_backward(const Packed<E>& a, int s, int
         multiply(dy.data(), vt.data(), DP, tiled, NP, ds.data());
         for (int i = 0; i < B; i++)
             softmax_gradient(&p[i * NP], &ds[i * NP], std::min(seen, (m + i) / R + 1), tiled, a.scale);
-        add_outer(p.data(), dy.data(), seen, DP, NP, dv.data());
-        add_outer(ds.data(), q.data(), seen, DP, NP, dk.data());
+        add_outer(p.data(), dy.data(), seen, DP, NP, dv_part.data());
+        add_outer(ds.data(), q.data(), seen, DP, NP, dk_part.data());
+        if (m / B % 16 == 15 || m + B >= M) {
+            flush(dv_part, dv, seen * DP);
+            flush(dk_part, dk, seen * DP);
+        }
         weigh(ds.data(), k.data(), seen, DP, NP, dq.data());
         for (int i = 0; i < count; i++)
             for (int d = 0; d < a.D; d += W) store(a.dq + at(m + i) + d, load(&dq[i * DP + d]), a.D - d);

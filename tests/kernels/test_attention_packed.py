@@ -6,7 +6,7 @@ from isheep.model.batch import PackedBatch
 from isheep_kernels.attention_packed import attention_packed_ref
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, randn
 
-LENS = (1, 7, 16, 33, 2)
+LENS = (1, 7, 63, 0, 64, 65, 130, 2)  # around the kernels' tiles of 64 keys
 
 
 def attend(q, k, v):
@@ -29,7 +29,7 @@ def plain(q, k, v):
 
 
 @DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 24), (7, 1, 80)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 24), (9, 3, 64), (7, 1, 80), (2, 2, 128)])
 def test_value_and_gradients(heads, kv_heads, head_dim, dtype):
     q, k, v, dy = (
         randn(sum(LENS), h, head_dim, seed=i, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads, heads))
