@@ -29,7 +29,9 @@ def plain(q, k, v):
 
 
 @DTYPES
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 24), (9, 3, 64), (7, 1, 80), (2, 2, 128)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(3, 3, 16), (6, 2, 24), (9, 3, 64), (7, 1, 80), (2, 2, 128)]
+)
 def test_value_and_gradients(heads, kv_heads, head_dim, dtype):
     q, k, v, dy = (
         randn(sum(LENS), h, head_dim, seed=i, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads, heads))
