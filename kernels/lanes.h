@@ -1,6 +1,7 @@
 // Sixteen lanes at a time, and what both kernel files share.
 //
-// gcc's vector extension, which the compiler maps to AVX-512, AVX2 or NEON.
+// gcc's vector extension, which the compiler maps to AVX-512, AVX2 or NEON; where AVX512-BF16 has one instruction for what
+// that takes five, it is named, beside its plain twin.
 #pragma once
 
 #include <algorithm>
@@ -40,8 +41,12 @@ static inline vec load(const bf16* p) {
 }
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 static inline hvec round_bf16(vec v) {  // to nearest even, as torch does
+#ifdef __AVX512BF16__
+    return (hvec)_mm512_cvtneps_pbh((__m512)v);
+#else
     uvec u = (uvec)v;
     return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, hvec);
+#endif
 }
 static inline void store(bf16* p, vec v) {
     hvec h = round_bf16(v);
@@ -101,6 +106,13 @@ static inline float exp_neg(float x) { return exp_neg(splat(x))[0]; }
 static inline vec sigmoid(vec g) {
     vec e = exp_neg(g < 0 ? g : -g);
     return (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
+}
+
+// Calls f(k, n) at each vector of a row of K elements: n is 16 at compile time, but what is left at the last one.
+template <typename F> static inline void each_vector(int64_t K, F f) {
+    int64_t k = 0;
+    for (; k + W <= K; k += W) f(k, std::integral_constant<int64_t, W>());
+    if (k < K) f(k, K - k);
 }
 
 constexpr int64_t SMALL = 16384;  // elements below which a second thread costs more than it does
