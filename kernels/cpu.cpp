@@ -104,18 +104,6 @@ static void write_kv(const E* k, const E* v, const int64_t* slots, E* kc, E* vc,
 
 constexpr int GROUPS = 4, TILE = GROUPS * W;  // keys that one step of the online softmax takes: four vectors of scores
 
-// acc + the products of one 4-byte lane of the query (one fp32 dimension or two bf16 ones) with sixteen keys.
-static inline vec add_lane(vec acc, const float* q, uvec keys) { return acc + (vec)keys * q[0]; }
-static inline vec add_lane(vec acc, const bf16* q, uvec keys) {
-#ifdef __AVX512BF16__
-    int32_t pair;
-    std::memcpy(&pair, q, sizeof pair);
-    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)keys);
-#else
-    return acc + (vec)(keys << 16) * to_float(q[0]) + (vec)(keys & 0xffff0000u) * to_float(q[1]);
-#endif
-}
-
 // A tile of one key/value head: sixteen keys a group, whose 4-byte lanes lie a stride apart, and each key's value.
 template <typename E> struct Tile {
     const char* groups[GROUPS];

@@ -34,6 +34,7 @@ SIGNATURES = {
     "lora_down": [_p, _p, _p, _l, _l, _l, _l, _l],
     "lora_up": [_p, _p, _p, _p, _l, _l, _l, _f, _i, _l, _l],
     "lora_outer": [_p, _p, _p, _l, _l, _l, _l, _l],
+    "attention_packed": [_p, _p, _p, _p, _p, _i, _i, _i, _i, _f],
     "attention_packed_backward": [_p, _p, _p, _p, _p, _p, _p, _p, _i, _i, _i, _i, _f],
     "sample": [_p, _l, _l, _p, _p, _p, _p, _p, _p, _p],
 }

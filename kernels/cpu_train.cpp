@@ -152,142 +152,220 @@ static void lora_outer(const float* low, const E* x, float* out, int64_t T, int6
         });
 }
 
-// ---- attention over packed sequences: the gradient -------------------------------------------------------------
+// ---- attention over packed sequences ---------------------------------------------------------------------------
 
-constexpr int B = 4, TILE = 4 * W;  // B query rows meet TILE keys, or TILE dimensions, at a time: 16 accumulators
+// Scores are held transposed, [keys, QUERIES]: softmax then runs down the keys with sixteen queries side by side, and
+// every product has the one form of `multiply`. A query row is one head of one token; those of a key/value head that
+// share it go together, a block of QUERIES at a time.
+constexpr int QUERIES = 64;
 
-// out [B, n] = rows [B, D] x columns [D, stride]; n is a multiple of TILE.
-static inline void multiply(const float* rows, const float* columns, int D, int n, int stride, float* out) {
-    for (int at = 0; at < n; at += TILE) {
-        vec acc[B][4] = {};
-        for (int d = 0; d < D; d++)
+// out [M, N] (+)= rows [M, L · X] x columns [L, N, X], X elements a lane. N is a multiple of 16.
+template <int ROWS, int COLUMNS, typename E>
+static inline void multiply_tile(const E* rows, int64_t row_stride, const E* columns, int N, int L, float* out, bool add) {
+    constexpr int X = 4 / sizeof(E);
+    vec acc[ROWS][COLUMNS] = {};
+    for (int l = 0; l < L; l++)
 #pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) {
-                vec v = load(columns + (int64_t)d * stride + at + c * W);
+        for (int c = 0; c < COLUMNS; c++) {
+            uvec lanes;
+            std::memcpy(&lanes, columns + ((int64_t)l * N + c * W) * X, sizeof lanes);
 #pragma GCC unroll 4
-                for (int i = 0; i < B; i++) acc[i][c] += v * rows[i * D + d];
-            }
-        for (int i = 0; i < B; i++)
-            for (int c = 0; c < 4; c++) store(out + i * stride + at + c * W, acc[i][c]);
-    }
+            for (int i = 0; i < ROWS; i++) acc[i][c] = add_lane(acc[i][c], rows + i * row_stride + l * X, lanes);
+        }
+    for (int i = 0; i < ROWS; i++)
+        for (int c = 0; c < COLUMNS; c++) {
+            float* to = out + (int64_t)i * N + c * W;
+            store(to, add ? load(to) + acc[i][c] : acc[i][c]);
+        }
+}
+template <typename E>
+static void multiply(const E* rows, int64_t row_stride, const E* columns, int M, int N, int L, float* out, bool add = false) {
+    constexpr int X = 4 / sizeof(E);
+    int n = 0;
+    for (; n + 4 * W <= N; n += 4 * W)
+        by_rows<4>(M, [&](auto count, int m) {
+            multiply_tile<count(), 4>(rows + m * row_stride, row_stride, columns + n * X, N, L, out + (int64_t)m * N + n, add);
+        });
+    for (; n < N; n += W)
+        by_rows<4>(M, [&](auto count, int m) {
+            multiply_tile<count(), 1>(rows + m * row_stride, row_stride, columns + n * X, N, L, out + (int64_t)m * N + n, add);
+        });
 }
 
-// out [n, D] += weights [B, stride]ᵀ x rows [B, D]
-static inline void add_outer(const float* weights, const float* rows, int n, int D, int stride, float* out) {
-    for (int at = 0; at < D; at += TILE) {
-        vec r[B][4];
-        for (int i = 0; i < B; i++)
-            for (int c = 0; c < 4; c++) r[i][c] = load(rows + i * D + at + c * W);
-        for (int j = 0; j < n; j++)
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) {
-                float* to = out + (int64_t)j * D + at + c * W;
-                vec v = r[0][c] * weights[j];  // summed apart first: a long sum is then rounded once for four terms
-#pragma GCC unroll 4
-                for (int i = 1; i < B; i++) v += r[i][c] * weights[i * stride + j];
-                store(to, load(to) + v);
-            }
-    }
-}
-
-// out [B, D] = weights [B, stride] x values [n, D]
-static inline void weigh(const float* weights, const float* values, int n, int D, int stride, float* out) {
-    for (int at = 0; at < D; at += TILE) {
-        vec acc[B][4] = {};
-        for (int j = 0; j < n; j++)
-#pragma GCC unroll 4
-            for (int c = 0; c < 4; c++) {
-                vec v = load(values + (int64_t)j * D + at + c * W);
-#pragma GCC unroll 4
-                for (int i = 0; i < B; i++) acc[i][c] += v * weights[i * stride + j];
-            }
-        for (int i = 0; i < B; i++)
-            for (int c = 0; c < 4; c++) store(out + i * D + at + c * W, acc[i][c]);
-    }
-}
-
-// One row: scores s become weights p, and the products dy · v become the scores' gradient p (dp − Σ p dp) · scale.
-// From `seen` on both are 0, up to n, a multiple of TILE.
-static inline void softmax_gradient(float* s, float* dp, int seen, int n, float scale) {
-    for (int j = seen; j < n; j++) s[j] = -INFINITY;
-    vec tops = splat(-INFINITY), sums = {}, dots = {};
-    for (int j = 0; j < n; j += W) tops = larger(tops, load(s + j));
-    const float top = largest(tops) * scale;
-    for (int j = 0; j < n; j += W) {
-        vec x = load(s + j), p = x == -INFINITY ? vec{} : exp_neg(x * scale - top);
-        sums += p;
-        dots += p * load(dp + j);
-        store(s + j, p);
-    }
-    const float inverse = 1.0f / sum(sums), mean = sum(dots) * inverse;
-    for (int j = 0; j < n; j += W) {
-        vec p = load(s + j) * inverse;
-        store(s + j, p);
-        store(dp + j, p * (load(dp + j) - mean) * scale);
-    }
+// rows [K, N] as the columns [K / X, N, X] of `multiply`; an odd last row of bf16 is paired with zeros.
+static const float* as_columns(const float* rows, int, int, std::vector<float>&) { return rows; }
+static const bf16* as_columns(const bf16* rows, int K, int N, std::vector<bf16>& buffer) {
+    for (int k = 0; k < K; k += 2)
+        for (int n = 0; n < N; n += W) {
+            hvec first, second = {};
+            std::memcpy(&first, rows + (int64_t)k * N + n, sizeof first);
+            if (k + 1 < K) std::memcpy(&second, rows + (int64_t)(k + 1) * N + n, sizeof second);
+            uvec lanes = __builtin_convertvector(first, uvec) | __builtin_convertvector(second, uvec) << 16;
+            std::memcpy(&buffer[((int64_t)k / 2 * N + n) * 2], &lanes, sizeof lanes);
+        }
+    return buffer.data();
 }
 
 template <typename E> struct Packed {
-    const E *q, *k, *v, *dy;  // [T, H, D], [T, G, D], [T, G, D], [T, H, D]
-    E *dq, *dk, *dv;
-    const int32_t* cu;  // [S + 1]
+    const E *q, *k, *v;  // [T, H, D], [T, G, D], [T, G, D]
+    const int32_t* cu;   // [S + 1]
     int S, H, G, D;
     float scale;
 };
 
-static inline void flush(std::vector<float>& part, std::vector<float>& total, int n) {
-    for (int i = 0; i < n; i++) {
-        total[i] += part[i];
-        part[i] = 0;
+// One key/value head of one sequence, and what a thread keeps while it works on a block of its query rows.
+template <typename E> struct Head {
+    static constexpr int X = 4 / sizeof(E);
+    const Packed<E>& a;
+    const int64_t start, g;
+    const int n, R, M, NX, DW;  // keys; heads that share them; query rows; keys and dimensions padded to lanes and vectors
+    std::vector<float> scores;
+    std::vector<E> weights, weight_columns, query_columns;
+    vec totals[QUERIES / W];
+
+    Head(const Packed<E>& a, int s, int g)
+        : a(a), start(a.cu[s]), g(g), n(a.cu[s + 1] - a.cu[s]), R(a.H / a.G), M(n * R), NX((n + X - 1) / X * X),
+          DW((a.D + W - 1) / W * W), scores(n * QUERIES), weights(n * QUERIES), weight_columns(NX * QUERIES),
+          query_columns(a.D * QUERIES) {}
+
+    int64_t key_stride() const { return (int64_t)a.G * a.D; }
+    int64_t key(int j) const { return ((start + j) * a.G + g) * a.D; }
+    int64_t query(int m) const { return ((start + m / R) * a.H + g * R + m % R) * a.D; }
+    int count(int m) const { return std::min(QUERIES, M - m); }
+    int seen(int m) const { return (m + count(m) - 1) / R + 1; }  // keys that the last row of the block from m sees
+
+    // [D, NX]: this head's keys or values with a dimension a row; zeros past the last key.
+    std::vector<E> transposed(const E* x) const {
+        std::vector<E> to(a.D * NX);
+        for (int j = 0; j < n; j++)
+            for (int d = 0; d < a.D; d++) to[d * NX + j] = x[key(j) + d];
+        return to;
+    }
+
+    // out [seen, QUERIES] = x [seen, D] x the rows of `of` from m on, for x this head's keys or values.
+    void products(const E* x, const E* of, int m, std::vector<float>& out) {
+        std::fill(query_columns.begin(), query_columns.end(), E{});
+        for (int i = 0; i < count(m); i++)
+            for (int l = 0; l < a.D / X; l++) std::memcpy(&query_columns[(l * QUERIES + i) * X], of + query(m + i) + l * X, 4);
+        multiply(x + key(0), key_stride(), query_columns.data(), seen(m), QUERIES, a.D / X, out.data());
+    }
+
+    // Scores [seen, QUERIES] become exp(score − the query's largest), 0 for keys after the query's token; totals their sums.
+    void softmax(int m) {
+        constexpr ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const int rows = seen(m);
+        for (int c = 0; c < QUERIES / W; c++) {
+            const ivec token = (lane + m + c * W) / R;
+            float* column = &scores[c * W];
+            vec top = splat(-INFINITY), total = {};
+            for (int j = 0; j < rows; j++) {
+                vec s = load(column + j * QUERIES);
+                s = token >= j ? s : splat(-INFINITY);
+                top = larger(top, s);
+                store(column + j * QUERIES, s);
+            }
+            for (int j = 0; j < rows; j++) {
+                vec s = load(column + j * QUERIES), p = s == -INFINITY ? vec{} : exp_neg((s - top) * a.scale);
+                total += p;
+                store(column + j * QUERIES, p);
+            }
+            totals[c] = total;
+        }
+    }
+
+    // E from fp32 [rows, QUERIES]
+    void round(const std::vector<float>& from, int rows) {
+        for (int64_t i = 0; i < (int64_t)rows * QUERIES; i += W) store(&weights[i], load(&from[i]));
+    }
+
+    // y's rows from m on = sums [D, QUERIES] turned around
+    void write(const float* sums, int m, E* y) const {
+        for (int i = 0; i < count(m); i++)
+            for (int d = 0; d < a.D; d++) store(y + query(m + i) + d, splat(sums[d * QUERIES + i]), 1);
+    }
+};
+
+template <typename E> static void attend(const Packed<E>& a, int s, int g, E* y) {
+    Head<E> head(a, s, g);
+    const std::vector<E> values = head.transposed(a.v);
+    std::vector<float> out(a.D * QUERIES);
+    for (int m = 0; m < head.M; m += QUERIES) {
+        const int seen = head.seen(m);
+        head.products(a.k, a.q, m, head.scores);
+        head.softmax(m);
+        head.round(head.scores, seen);
+        const E* weights = as_columns(head.weights.data(), seen, QUERIES, head.weight_columns);
+        multiply(values.data(), head.NX, weights, a.D, QUERIES, (seen + head.X - 1) / head.X, out.data());
+        for (int d = 0; d < a.D; d++)
+            for (int c = 0; c < QUERIES / W; c++) {
+                float* at = &out[d * QUERIES + c * W];
+                store(at, load(at) / head.totals[c]);
+            }
+        head.write(out.data(), m, y);
     }
 }
 
-// All gradients of one key/value head of one sequence. Keys and values are held in fp32, D padded to DP. A key's gradient
-// has a term for each query row that sees it: 64 rows are summed apart, then added, so that long sums stay exact enough.
-template <typename E> static void attend_backward(const Packed<E>& a, int s, int g) {
-    const int start = a.cu[s], n = a.cu[s + 1] - start, R = a.H / a.G, M = n * R;
-    const int DP = (a.D + TILE - 1) / TILE * TILE, NP = (n + TILE - 1) / TILE * TILE;
-    std::vector<float> kt(DP * NP), vt(DP * NP), k(n * DP), dk(n * DP), dv(n * DP), dk_part(n * DP), dv_part(n * DP);
-    std::vector<float> q(B * DP), dy(B * DP), dq(B * DP), p(B * NP), ds(B * NP);
-    for (int j = 0; j < n; j++)
-        for (int d = 0; d < a.D; d++) {
-            const int64_t from = ((int64_t)(start + j) * a.G + g) * a.D + d;
-            kt[d * NP + j] = k[j * DP + d] = to_float(a.k[from]);
-            vt[d * NP + j] = to_float(a.v[from]);
+// y [T, H, D]: causal attention within each sequence.
+template <typename E> static void attention_packed(const Packed<E>& a, E* y) {
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int i = 0; i < a.S * a.G; i++) attend(a, i / a.G, i % a.G, y);
+}
+
+// Weights p of the block from m on and its products dp = v · dy become the scores' gradient p (dp − Σ p dp) · scale, and
+// p itself is divided by its sum.
+template <typename E> static void softmax_gradient(Head<E>& head, int m, std::vector<float>& dp) {
+    const int rows = head.seen(m);
+    for (int c = 0; c < QUERIES / W; c++) {
+        const vec inverse = 1.0f / head.totals[c];
+        vec mean = {};
+        for (int j = 0; j < rows; j++) mean += load(&head.scores[j * QUERIES + c * W]) * load(&dp[j * QUERIES + c * W]);
+        mean *= inverse;
+        for (int j = 0; j < rows; j++) {
+            const int at = j * QUERIES + c * W;
+            const vec p = load(&head.scores[at]) * inverse;
+            store(&head.scores[at], p);
+            store(&dp[at], p * (load(&dp[at]) - mean) * head.a.scale);
         }
-    auto at = [&](int m) { return ((int64_t)(start + m / R) * a.H + g * R + m % R) * a.D; };
-    for (int m = 0; m < M; m += B) {
-        const int count = std::min(B, M - m), seen = (m + count - 1) / R + 1, tiled = (seen + TILE - 1) / TILE * TILE;
-        for (int i = 0; i < B; i++)
-            for (int d = 0; d < a.D; d++) {  // past the end: zeros, which add nothing
-                q[i * DP + d] = i < count ? to_float(a.q[at(m + i) + d]) : 0;
-                dy[i * DP + d] = i < count ? to_float(a.dy[at(m + i) + d]) : 0;
-            }
-        multiply(q.data(), kt.data(), DP, tiled, NP, p.data());
-        multiply(dy.data(), vt.data(), DP, tiled, NP, ds.data());
-        for (int i = 0; i < B; i++)
-            softmax_gradient(&p[i * NP], &ds[i * NP], std::min(seen, (m + i) / R + 1), tiled, a.scale);
-        add_outer(p.data(), dy.data(), seen, DP, NP, dv_part.data());
-        add_outer(ds.data(), q.data(), seen, DP, NP, dk_part.data());
-        if (m / B % 16 == 15 || m + B >= M) {
-            flush(dv_part, dv, seen * DP);
-            flush(dk_part, dk, seen * DP);
-        }
-        weigh(ds.data(), k.data(), seen, DP, NP, dq.data());
-        for (int i = 0; i < count; i++)
-            for (int d = 0; d < a.D; d += W) store(a.dq + at(m + i) + d, load(&dq[i * DP + d]), a.D - d);
+    }
+}
+
+// dy [T, H, D] -> dq [T, H, D], dk and dv [T, G, D]. The weights are computed again.
+template <typename E>
+static void attend_backward(const Packed<E>& a, int s, int g, const E* dy, E* dq, E* dk, E* dv) {
+    Head<E> head(a, s, g);
+    const int n = head.n, DW = head.DW, X = head.X;
+    const std::vector<E> keys = head.transposed(a.k);
+    std::vector<float> dp(n * QUERIES), by_key(n * DW), by_value(n * DW), by_query(a.D * QUERIES);
+    std::vector<E> rows(QUERIES * DW), columns(QUERIES * DW);
+    auto block = [&](const E* x, int m) {  // the block's rows of x, as columns
+        for (int i = 0; i < QUERIES; i++)
+            for (int d = 0; d < a.D; d++) rows[i * DW + d] = i < head.count(m) ? x[head.query(m + i) + d] : E{};
+        return as_columns(rows.data(), QUERIES, DW, columns);
+    };
+    for (int m = 0; m < head.M; m += QUERIES) {
+        const int seen = head.seen(m);
+        head.products(a.k, a.q, m, head.scores);
+        head.softmax(m);
+        head.products(a.v, dy, m, dp);
+        softmax_gradient(head, m, dp);
+        head.round(head.scores, seen);
+        multiply(head.weights.data(), QUERIES, block(dy, m), seen, DW, QUERIES / X, by_value.data(), true);
+        head.round(dp, seen);
+        multiply(head.weights.data(), QUERIES, block(a.q, m), seen, DW, QUERIES / X, by_key.data(), true);
+        const E* ds = as_columns(head.weights.data(), seen, QUERIES, head.weight_columns);
+        multiply(keys.data(), head.NX, ds, a.D, QUERIES, (seen + X - 1) / X, by_query.data());
+        head.write(by_query.data(), m, dq);
     }
     for (int j = 0; j < n; j++)
         for (int d = 0; d < a.D; d += W) {
-            const int64_t to = ((int64_t)(start + j) * a.G + g) * a.D + d;
-            store(a.dk + to, load(&dk[j * DP + d]), a.D - d);
-            store(a.dv + to, load(&dv[j * DP + d]), a.D - d);
+            store(dk + head.key(j) + d, load(&by_key[j * DW + d]), a.D - d);
+            store(dv + head.key(j) + d, load(&by_value[j * DW + d]), a.D - d);
         }
 }
 
-template <typename E> static void attention_packed_backward(const Packed<E>& a) {
+template <typename E> static void attention_packed_backward(const Packed<E>& a, const E* dy, E* dq, E* dk, E* dv) {
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int i = 0; i < a.S * a.G; i++) attend_backward(a, i / a.G, i % a.G);
+    for (int i = 0; i < a.S * a.G; i++) attend_backward(a, i / a.G, i % a.G, dy, dq, dk, dv);
 }
 
 // ---- the names that cpu.py calls: one per element type ---------------------------------------------------------
@@ -313,10 +391,14 @@ template <typename E> static void attention_packed_backward(const Packed<E>& a) 
                                       int64_t key, int64_t threshold) {                                              \
         DROPPED(lora_outer, low, x, out, T, K, r)                                                                    \
     }                                                                                                                \
+    extern "C" void attention_packed_##NAME(const E* q, const E* k, const E* v, E* y, const int32_t* cu, int S,      \
+                                            int H, int G, int D, float scale) {                                      \
+        attention_packed<E>({q, k, v, cu, S, H, G, D, scale}, y);                                                    \
+    }                                                                                                                \
     extern "C" void attention_packed_backward_##NAME(const E* q, const E* k, const E* v, const E* dy, E* dq, E* dk,  \
                                                      E* dv, const int32_t* cu, int S, int H, int G, int D,           \
                                                      float scale) {                                                  \
-        attention_packed_backward<E>({q, k, v, dy, dq, dk, dv, cu, S, H, G, D, scale});                              \
+        attention_packed_backward<E>({q, k, v, cu, S, H, G, D, scale}, dy, dq, dk, dv);                              \
     }
 
 EXPORT(float, f32)

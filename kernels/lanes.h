@@ -115,6 +115,18 @@ template <typename F> static inline void each_vector(int64_t K, F f) {
     if (k < K) f(k, K - k);
 }
 
+// acc + the products of one 4-byte lane of a row (one fp32 number, or two of bf16) with sixteen columns' lanes.
+static inline vec add_lane(vec acc, const float* row, uvec columns) { return acc + (vec)columns * row[0]; }
+static inline vec add_lane(vec acc, const bf16* row, uvec columns) {
+#ifdef __AVX512BF16__
+    int32_t pair;
+    std::memcpy(&pair, row, sizeof pair);
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)columns);
+#else
+    return acc + (vec)(columns << 16) * to_float(row[0]) + (vec)(columns & 0xffff0000u) * to_float(row[1]);
+#endif
+}
+
 constexpr int64_t SMALL = 16384;  // elements below which a second thread costs more than it does
 
 // Calls f.template operator()<ROWS>(m) over all M rows, a block at a time.

@@ -4,7 +4,6 @@ On the CPU in fp32 and bf16: the C++ kernels of `isheep_kernels.cpu`, where a co
 definitions (`*_ref`). `backend` says which, for the run's log. Every operation has a gradient for what can be trained.
 """
 
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isheep.model.batch import PackedBatch, PagedMeta
+from isheep.model.batch import PackedBatch
 from isheep_kernels import cpu
 from isheep_kernels.attention_packed import attention_packed_ref
 from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
@@ -108,18 +107,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-PACKED_BLOCK = 64  # slots of a block where a cache is made for one packed forward
-
-
 class _AttentionPacked(torch.autograd.Function):
-    """Forward through the paged kernel on a cache of this call's own; backward computes the weights again."""
+    """Backward computes the weights again: nothing but the inputs is kept."""
 
     @staticmethod
-    def forward(ctx, q, k, v, batch, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, v, cu, scale):  # type: ignore[no-untyped-def]
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ctx.save_for_backward(q, k, v, batch.cu_seqlens)
-        ctx.scale = scale
-        return _attend(q, k, v, batch, scale)
+        ctx.save_for_backward(q, k, v, cu)
+        ctx.scale, y = scale, torch.empty_like(q)
+        _run("attention_packed", q, k, v, y, cu, len(cu) - 1, q.shape[1], *k.shape[1:], scale)
+        return y
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -130,24 +127,10 @@ class _AttentionPacked(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
-    """Each sequence gets blocks of its own in a cache that lives for this call."""
-    lens = torch.tensor(batch.seqlens, dtype=torch.int32)
-    num_blocks = (lens + PACKED_BLOCK - 1) // PACKED_BLOCK
-    first = num_blocks.cumsum(0, dtype=torch.int32) - num_blocks
-    shapes = kv_cache_shapes(q, int(num_blocks.sum()), PACKED_BLOCK, *k.shape[1:])
-    k_cache, v_cache = (q.new_zeros(shape) for shape in shapes)
-    slots = batch.positions + torch.repeat_interleave(first, lens) * PACKED_BLOCK
-    tables = first[:, None] + torch.arange(int(num_blocks.max()), dtype=torch.int32)
-    paged = replace(batch, paged=PagedMeta(slots, tables, lens))
-    write_kv(k, v, paged, k_cache, v_cache)
-    return attention_paged(q, k_cache, v_cache, paged, scale)
-
-
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, batch: PackedBatch, scale: float) -> Tensor:
     """Causal within each sequence of the batch. q [T, H, D], k and v [T, G, D] -> [T, H, D]."""
     if cpu.serves(q):
-        return _AttentionPacked.apply(q, k, v, batch, scale)
+        return _AttentionPacked.apply(q, k, v, batch.cu_seqlens, scale)
     return attention_packed_ref(q, k, v, [0, *accumulate(batch.seqlens)], scale)
 
 
