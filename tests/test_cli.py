@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isheep.cli import named_folder, add_model_args, pick_device, run_main
+from isheep.cli import add_model_args, named_folder, pick_device, run_main
 from isheep.config import UserError
 
 

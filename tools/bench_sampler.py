@@ -1,7 +1,7 @@
 """The sampler beside its rivals, on one workload in one run.
 
     python tools/bench_sampler.py                                    # isheep and transformers
-    python tools/bench_sampler.py --vllm-python ~/vllm/bin/python    # and vLLM, from its own environment
+    python tools/bench_sampler.py --vllm-python ~/v/bin/python  # and vLLM, in its own environment
     python tools/bench_sampler.py --prefix                           # a shared prefix, with and without the prefix cache
 
 64 requests, prompts of 100–400 tokens, outputs of 16–256 (forced, greedy), SmolLM2-135M, bf16, no prefix cache on any
@@ -20,16 +20,17 @@ from pathlib import Path
 
 Workload = list[tuple[list[int], int]]  # prompt ids, number of output tokens
 NUM_REQUESTS, PREFIX_LEN, PREFIX_OUTPUT = 64, 300, 16
+SEED = 3942  # of the lengths: 15,484 prompt and 7,616 output tokens
 
 
-def workload(seed: int = 0) -> Workload:
+def workload(seed: int = SEED) -> Workload:
     """Token ids drawn from the ordinary part of the vocabulary: speed does not depend on which."""
     rng = random.Random(seed)
     lens = [(rng.randint(100, 400), rng.randint(16, 256)) for _ in range(NUM_REQUESTS)]
     return [([rng.randrange(1000, 20000) for _ in range(p)], o) for p, o in lens]
 
 
-def prefix_workload(seed: int = 0) -> Workload:
+def prefix_workload(seed: int = SEED) -> Workload:
     rng = random.Random(seed)
     shared = [rng.randrange(1000, 20000) for _ in range(PREFIX_LEN)]
     tail = lambda: [rng.randrange(1000, 20000) for _ in range(rng.randint(20, 40))]  # noqa: E731
@@ -126,7 +127,8 @@ def measure(contender: str, args: argparse.Namespace) -> float:
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{contender} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
+    result = next(line for line in done.stdout.splitlines() if line.startswith('{"seconds"'))  # vLLM logs there too
+    return json.loads(result)["seconds"]
 
 
 def main() -> None:

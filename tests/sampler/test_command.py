@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from isheep.config import UserError
 from isheep.sampler import __main__ as command
 from tests.tiny import tiny_model, write_checkpoint

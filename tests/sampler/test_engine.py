@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+
 from isheep.config import SamplerConfig, UserError
 from isheep.model.batch import PackedBatch
 from isheep.model.lora import LoRAConfig, attach
@@ -199,7 +200,7 @@ def test_context_ends_a_sample(model, tokenizer):
 
 
 def test_unknown_adapter_and_no_memory(model, tokenizer):
-    with pytest.raises(UserError, match='"three".*one'):
+    with pytest.raises(UserError, match=r'"three".*one'):
         Sampler(model, tokenizer).generate([Request("a", (1,), SamplingParams(), "three")])
     with pytest.raises(UserError, match="kv_cache_gib"):
         Sampler(model, tokenizer, SamplerConfig(kv_cache_gib=1e-9))
