@@ -2,7 +2,7 @@
 
     python tools/bench_sampler.py                                    # isheep and transformers
     python tools/bench_sampler.py --vllm-python ~/v/bin/python  # and vLLM, in its own environment
-    python tools/bench_sampler.py --prefix                           # a shared prefix, with and without the prefix cache
+    python tools/bench_sampler.py --prefix                           # a shared prefix, with and without its cache
 
 64 requests, prompts of 100–400 tokens, outputs of 16–256 (forced, greedy), SmolLM2-135M, bf16, no prefix cache on any
 side. Each contender has its own process and warms up first; rounds are interleaved; medians and spreads are printed.
