@@ -35,7 +35,7 @@ class _BarSafeHandler(logging.StreamHandler):
 
 def setup(verbose: bool = False) -> None:
     """Send this project's log to stderr with the time of day; a second call changes the level only."""
-    if not log.handlers:
+    if not any(isinstance(handler, _BarSafeHandler) for handler in log.handlers):
         handler = _BarSafeHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
