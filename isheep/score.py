@@ -137,12 +137,17 @@ def _pool(hidden: Tensor) -> Tensor:
     return torch.stack([hidden.mean(0), hidden[-1]])
 
 
+def part_of(vectors: Path) -> Path:
+    """Where the vectors of an unfinished file are."""
+    return vectors.with_name(f"{vectors.name}.part")
+
+
 class VectorFile:
     """Pooled vectors on their way to safetensors: `<path>.part` grows by [len(POOLINGS), C] float32 a row."""
 
     def __init__(self, path: Path, width: int, num_rows: int) -> None:
         """Go on after `num_rows` rows; what a kill left beyond them is cut off."""
-        self.path, self.part, self.shape = path, path.with_name(path.name + ".part"), (len(POOLINGS), width)
+        self.path, self.part, self.shape = path, part_of(path), (len(POOLINGS), width)
         known_len = num_rows * len(POOLINGS) * width * 4
         with writes_to(self.part):
             self.part.parent.mkdir(parents=True, exist_ok=True)
@@ -161,12 +166,9 @@ class VectorFile:
             file.write(vectors.numpy().tobytes())
 
     def save(self) -> None:
-        """All rows as one safetensors file; `drop_part` once nothing needs them a second time."""
+        """All rows as one safetensors file; remove `part_of` it once nothing needs them a second time."""
         stored = torch.from_numpy(np.fromfile(self.part, dtype=np.float32)).reshape(-1, *self.shape)
         write_atomic(self.path, save({name: stored[:, i].contiguous() for i, name in enumerate(POOLINGS)}))
-
-    def drop_part(self) -> None:
-        self.part.unlink(missing_ok=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -201,6 +203,8 @@ def main() -> None:
             log.info("%s is complete already", args.out)
         else:
             _score_file(usable, journal, cfg.batch_tokens, args)
+    if args.vectors:
+        part_of(args.vectors).unlink(missing_ok=True)
 
 
 def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int, args: argparse.Namespace) -> None:
@@ -220,8 +224,6 @@ def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int,
     if vectors is not None:
         vectors.save()
     journal.seal(sorted(journal.done, key=int))
-    if vectors is not None:
-        vectors.drop_part()
 
 
 if __name__ == "__main__":

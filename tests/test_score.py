@@ -157,5 +157,8 @@ def test_the_command_resumes_to_the_same_bytes(
     assert out.read_bytes() == whole.read_bytes()
     assert (tmp_path / "out.vectors").read_bytes() == (tmp_path / "whole.vectors").read_bytes()
     assert not list(tmp_path.glob("*.part"))
+    (tmp_path / "out.vectors.part").write_bytes(b"as a kill after the seal leaves it")
+    call(monkeypatch, folder, data, out, *flags)
+    assert not list(tmp_path.glob("*.part"))
     with pytest.raises(UserError, match=r"settings\.join"):
         call(monkeypatch, folder, data, out, "--join", " ", *flags)

@@ -1,10 +1,13 @@
 """What the model's inside says of each pair: perplexities and last-layer vectors (paper §5)."""
 
+from pathlib import Path
+
+from isheep.artifacts import Journal
 from isheep.config import MeasureConfig
 from isheep.log import Progress
 from isheep.model.transformer import Transformer
-from isheep.score import VectorFile, score_rows
-from isheep.stages import Iteration, kept, read_sealed
+from isheep.score import VectorFile, part_of, score_rows
+from isheep.stages import Iteration, Row, kept, read_sealed
 from isheep.text.tokenizer import Tokenizer
 
 JOIN = ""  # between instruction, input and output of a pair: as the paper ran it
@@ -20,20 +23,32 @@ def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: Measur
     """
     file = it.file("answers.jsonl")
     what = {"join": JOIN, "batch_tokens": cfg.batch_tokens}
+    vectors = it.file("vectors.safetensors")
     with it.journal("measures.jsonl", what, {"answers": file}) as journal:
-        if journal.sealed:
-            return
-        rows = kept(read_sealed(file))
-        num_done = sum(len(done) for done in journal.done.values())
-        vectors = VectorFile(it.file("vectors.safetensors"), model.config.hidden_size, num_done)
-        with Progress(f"{it.name} measure", len(rows)) as bar:
-            bar.update(num_done)
-            for batch in score_rows(model, tokenizer, rows, JOIN, it.adapter, True, cfg.batch_tokens, num_done):
-                vectors.append(batch.vectors)
-                ids = [row["id"] for row in rows[batch.first :]]
-                scored = [{"id": row_id, **scores} for row_id, scores in zip(ids, batch.scores)]
-                journal.append(str(batch.first), scored)
-                bar.update(len(scored))
-        vectors.save()
-        journal.seal(sorted(journal.done, key=int))
-        vectors.drop_part()
+        if not journal.sealed:
+            _measure(it, model, tokenizer, cfg, kept(read_sealed(file)), vectors, journal)
+    part_of(vectors).unlink(missing_ok=True)
+
+
+def _measure(
+    it: Iteration,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    cfg: MeasureConfig,
+    rows: list[Row],
+    path: Path,
+    journal: Journal,
+) -> None:
+    """Measure the rows that are not done, and seal both files."""
+    num_done = sum(len(done) for done in journal.done.values())
+    vectors = VectorFile(path, model.config.hidden_size, num_done)
+    with Progress(f"{it.name} measure", len(rows)) as bar:
+        bar.update(num_done)
+        for batch in score_rows(model, tokenizer, rows, JOIN, it.adapter, True, cfg.batch_tokens, num_done):
+            vectors.append(batch.vectors)
+            ids = [row["id"] for row in rows[batch.first :]]
+            scored = [{"id": row_id, **scores} for row_id, scores in zip(ids, batch.scores)]
+            journal.append(str(batch.first), scored)
+            bar.update(len(scored))
+    vectors.save()
+    journal.seal(sorted(journal.done, key=int))

@@ -72,6 +72,7 @@ class Checkpoint:
         except ValueError as error:
             raise UserError(f"{self.seal_path} is damaged ({error}): delete it to train again.") from error
         self._compare(seal.pop("made_from", {}), self.seal_path)
+        self.path.unlink(missing_ok=True)  # a kill may have come between the seal and this
         return seal
 
     def seal(self, summary: Mapping[str, Any]) -> None:

@@ -85,6 +85,14 @@ def stopped_after(num_batches: int):  # type: ignore[no-untyped-def]
     return rows
 
 
+def test_what_a_kill_after_the_seal_leaves_is_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    it, model = written(iteration(tmp_path)), tiny_model()
+    measure_stage(it, model, tokenizer, CFG)
+    it.file("vectors.safetensors.part").write_bytes(b"rows")
+    measure_stage(it, model, tokenizer, CFG)
+    assert not it.file("vectors.safetensors.part").exists()
+
+
 def test_no_pair_left_is_an_empty_result(tmp_path: Path, tokenizer: Tokenizer) -> None:
     it = iteration(tmp_path)
     sealed(it.file("answers.jsonl"), [])

@@ -49,7 +49,7 @@ def kill_until_done(out: Path, seed: int, whole_s: float) -> int:
         if child == 0:
             run(out)
             os._exit(0)
-        end = time.monotonic() + rng.uniform(0.02, 0.6) * whole_s + (60 if kills == 8 else 0)
+        end = time.monotonic() + rng.uniform(0.02, 0.6) * whole_s + (60 if kills >= 8 else 0)
         while time.monotonic() < end and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.005)
         os.kill(child, signal.SIGKILL)
@@ -80,6 +80,13 @@ def test_killed_and_resumed_is_byte_identical(tmp_path: Path) -> None:
     assert results(out) == results(tmp_path / "whole")
     left = sorted(path.name for path in out.iterdir() if not path.name.endswith(".tmp"))
     assert left == ["adapter", "train_log.jsonl", "train_summary.json"]
+
+
+def test_what_a_kill_after_the_seal_leaves_is_removed(tmp_path: Path) -> None:
+    summary = run(tmp_path)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"the last one")
+    assert run(tmp_path) == summary
+    assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
 def stop_after(out: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
