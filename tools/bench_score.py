@@ -2,7 +2,7 @@
 
     python tools/bench_score.py
 
-32 rows of instruction, input and output; each row's output alone and all of it as one text go through SmolLM2-135M in
+16 rows of instruction, input and output; each row's output alone and all of it as one text go through SmolLM2-135M in
 bf16. transformers is run three ways, and the best counts: the backbone once on sequences padded together by length
 (batches of 8) with head and cross-entropy in chunks of 512 tokens; batches of 4 with all logits; one at a time. Each
 side has its own process; they take turns.
@@ -14,7 +14,7 @@ import sys
 
 from interleave import Round, contest, serve
 
-NUM_ROWS = 32
+NUM_ROWS = 16
 
 
 def rows() -> list[tuple[list[int], list[int]]]:
