@@ -44,11 +44,15 @@ template <typename U> static inline U mix(U x) {
     return x ^ (x >> 16);
 }
 
-// Element (t, k) is dropped where its number, a function of (key, t, k), is below the threshold p · 2^32.
+// Element (t, k) is dropped where its number, a function of (key, tokens[t], k), is below the threshold p · 2^32.
 struct Dropout {
     uint32_t low, high, threshold;
-    Dropout(int64_t key, int64_t threshold) : low(uint32_t(key)), high(uint32_t(key >> 32)), threshold(uint32_t(threshold)) {}
-    uint32_t row(int64_t t) const { return mix(high ^ mix(low + uint32_t(t) * 0x9e3779b9u)); }
+    const int64_t* tokens;  // [T]; names that a token keeps wherever it stands
+    Dropout(int64_t key, int64_t threshold, const int64_t* tokens)
+        : low(uint32_t(key)), high(uint32_t(key >> 32)), threshold(uint32_t(threshold)), tokens(tokens) {}
+    uint32_t row(int64_t t) const {
+        return mix(uint32_t(tokens[t]) ^ mix(high ^ mix(low + uint32_t(tokens[t] >> 32) * 0x9e3779b9u)));
+    }
     vec keep(vec x, uint32_t row, int64_t k) const {
         constexpr uvec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         return mix((lane + uint32_t(k)) ^ row) >= threshold ? x : vec{};
@@ -58,8 +62,9 @@ struct Dropout {
 template <bool DROP, int ROWS, int RANK, typename E>
 static inline void down(const E* x, const float* a, float* low, int64_t t, int64_t first, int64_t K, int64_t r, Dropout drop) {
     vec acc[ROWS][RANK] = {};
-    uint32_t rows[ROWS];
-    for (int i = 0; i < ROWS; i++) rows[i] = drop.row(t + i);
+    uint32_t rows[ROWS] = {};
+    if (DROP)
+        for (int i = 0; i < ROWS; i++) rows[i] = drop.row(t + i);
     each_vector(K, [&](int64_t k, auto n) {
         vec xs[ROWS];
         for (int i = 0; i < ROWS; i++) {
@@ -99,8 +104,9 @@ static void lora_up(const float* low, const float* b, const E* bias, E* y, int64
         std::vector<float> padded(ROWS * r);  // the last rows may be fewer: zeros serve for the others
         std::copy_n(low + first * r, count * r, padded.begin());
         const float* rows = padded.data();
-        uint32_t keys[ROWS];
-        for (int i = 0; i < ROWS; i++) keys[i] = drop.row(first + i);
+        uint32_t keys[ROWS] = {};
+        if (DROP)
+            for (int i = 0; i < count; i++) keys[i] = drop.row(first + i);
         each_vector(N, [&](int64_t at, auto n) {
             vec acc[ROWS] = {};
             for (int64_t j = 0; j < r; j++) {
@@ -371,8 +377,8 @@ template <typename E> static void attention_packed_backward(const Packed<E>& a, 
 // ---- the names that cpu.py calls: one per element type ---------------------------------------------------------
 
 #define DROPPED(NAME, ...)                                                                                           \
-    if (threshold) NAME<true>(__VA_ARGS__, Dropout(key, threshold));                                                 \
-    else NAME<false>(__VA_ARGS__, Dropout(key, threshold));
+    if (threshold) NAME<true>(__VA_ARGS__, Dropout(key, threshold, tokens));                                         \
+    else NAME<false>(__VA_ARGS__, Dropout(key, threshold, tokens));
 
 #define EXPORT(E, NAME)                                                                                              \
     extern "C" void cross_entropy_##NAME(E* logits, const int64_t* targets, float* nll, int64_t n, int64_t V,        \
@@ -380,15 +386,16 @@ template <typename E> static void attention_packed_backward(const Packed<E>& a, 
         cross_entropy(logits, targets, nll, n, V, gradient);                                                         \
     }                                                                                                                \
     extern "C" void lora_down_##NAME(const E* x, const float* a, float* low, int64_t T, int64_t K, int64_t r,        \
-                                     int64_t key, int64_t threshold) {                                               \
+                                     int64_t key, int64_t threshold, const int64_t* tokens) {                        \
         DROPPED(lora_down, x, a, low, T, K, r)                                                                       \
     }                                                                                                                \
     extern "C" void lora_up_##NAME(E* y, const float* low, const float* b, const E* bias, int64_t T, int64_t N,      \
-                                   int64_t r, float scale, int add, int64_t key, int64_t threshold) {                \
+                                   int64_t r, float scale, int add, int64_t key, int64_t threshold,                  \
+                                   const int64_t* tokens) {                                                          \
         DROPPED(lora_up, low, b, bias, y, T, N, r, scale, add)                                                       \
     }                                                                                                                \
     extern "C" void lora_outer_##NAME(const E* x, const float* low, float* out, int64_t T, int64_t K, int64_t r,     \
-                                      int64_t key, int64_t threshold) {                                              \
+                                      int64_t key, int64_t threshold, const int64_t* tokens) {                       \
         DROPPED(lora_outer, low, x, out, T, K, r)                                                                    \
     }                                                                                                                \
     extern "C" void attention_packed_##NAME(const E* q, const E* k, const E* v, E* y, const int32_t* cu, int S,      \

@@ -36,8 +36,7 @@ class Linear(nn.Module):
         if torch.is_grad_enabled() and segments:
             ((pair, start, end),) = segments  # training sees all its tokens through the one adapter it trains
             assert (start, end) == (0, len(x))
-            key, p = (0, 0.0) if pair.dropout_key is None else (pair.dropout_key, pair.dropout)
-            args = (pair.lora_A, pair.lora_B, pair.scaling, p, key)
+            args = (pair.lora_A, pair.lora_B, pair.scaling, pair.dropout)
             return ops.lora_linear_train(x, self.weight, self.bias, *args)  # type: ignore[arg-type]
         y = ops.linear(x, self.weight, self.bias, self.packed)
         for pair, start, end in segments:

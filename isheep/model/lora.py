@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from isheep.artifacts import write_atomic
 from isheep.config import UserError
 from isheep.model.layers import Linear
+from isheep.model.ops import Dropout
 from isheep.model.transformer import Transformer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,7 +39,7 @@ class LoRAConfig:
 
 
 class LoRAPair(nn.Module):
-    """One layer's lora_A [r, in] and lora_B [out, r], fp32. `dropout_key` is set while training and None otherwise."""
+    """One layer's lora_A [r, in] and lora_B [out, r], fp32. `dropout` is set while training with one, else None."""
 
     def __init__(self, linear: Linear, config: LoRAConfig) -> None:
         super().__init__()
@@ -46,8 +47,8 @@ class LoRAPair(nn.Module):
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=torch.float32, device=device))
-        self.scaling, self.dropout = config.scaling, config.dropout
-        self.dropout_key: int | None = None
+        self.scaling = config.scaling
+        self.dropout: Dropout | None = None
         self._cast: tuple[object, Tensor, Tensor] | None = None
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,10 +76,17 @@ class Adapter:
         for pair in self.pairs.values():
             yield from pair.parameters()
 
-    def set_dropout_key(self, key: int | None) -> None:
-        """Masks of the next passes are functions of (key, layer); None switches dropout off."""
+    def set_dropout(self, key: int, tokens: Tensor) -> None:
+        """Masks of the next passes, over these tokens [T] int64, are functions of (key, layer, token, column).
+
+        A token's number is its own wherever it is packed, and no other token's that is seen under the same key.
+        """
         for i, pair in enumerate(self.pairs.values()):
-            pair.dropout_key = None if key is None else (key * 1_000_003 + i) % 2**63
+            pair.dropout = Dropout(self.config.dropout, (key * 1_000_003 + i) % 2**63, tokens)
+
+    def clear_dropout(self) -> None:
+        for pair in self.pairs.values():
+            pair.dropout = None
 
 
 def attach(model: Transformer, config: LoRAConfig, name: str, seed: int = 0) -> Adapter:

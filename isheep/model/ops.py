@@ -16,13 +16,13 @@ from isheep_kernels import cpu
 from isheep_kernels.attention_packed import attention_packed_ref
 from isheep_kernels.attention_paged import attention_paged_ref, write_kv_ref
 from isheep_kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
-from isheep_kernels.lora_matmul import dropout_mask
+from isheep_kernels.lora_matmul import Dropout, dropout_mask
 from isheep_kernels.rms_norm import rms_norm_ref
 from isheep_kernels.rope import rope_ref
 from isheep_kernels.sampling import sample_ref
 from isheep_kernels.swiglu import swiglu_ref
 
-__all__ = ["IGNORE", "dropout_mask", "linear_cross_entropy"]
+__all__ = ["IGNORE", "Dropout", "linear_cross_entropy"]
 
 
 def backend(x: Tensor) -> str:
@@ -192,17 +192,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
     return F.linear(x, weight, bias)
 
 
-def _dropout(p: float, key: int) -> tuple[int, int]:
-    """What the C++ kernels take: the key, and the threshold below which a 32-bit number means dropped."""
-    return key, round(p * 2**32)
+def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """drop(x), survivors as they are."""
+    return x if dropout is None else x * dropout_mask(x, *dropout)
 
 
-def _lora_down(x: Tensor, a: Tensor, p: float = 0.0, key: int = 0) -> Tensor:
+def _draws(dropout: Dropout | None) -> tuple[int, int, int]:
+    """What the C++ kernels take: key, threshold below which a 32-bit number means dropped (0: never), tokens."""
+    return (0, 0, 0) if dropout is None else (dropout.key, round(dropout.p * 2**32), dropout.tokens.data_ptr())
+
+
+def _lora_down(x: Tensor, a: Tensor, dropout: Dropout | None = None) -> Tensor:
     """drop(x) aᵀ: x [T, K], a [r, K] fp32 -> [T, r], fp32 from C++, else x.dtype. Survivors are not scaled up here."""
     if not cpu.serves(x):
-        return F.linear(x * dropout_mask(x, p, key) if p else x, a.to(x.dtype))
+        return F.linear(_dropped(x, dropout), a.to(x.dtype))
     low = torch.empty(len(x), len(a), dtype=torch.float32)
-    _run("lora_down", x, a, low, *x.shape, len(a), *_dropout(p, key))
+    _run("lora_down", x, a, low, *x.shape, len(a), *_draws(dropout))
     return low
 
 
@@ -213,26 +218,26 @@ def _lora_delta(low: Tensor, b: Tensor, bias: Tensor | None, scale: float, like:
         return delta if bias is None else delta.add_(bias)
     y = like.new_empty(len(low), len(b))
     offset = 0 if bias is None else bias.data_ptr()
-    _run("lora_up", y, low, b.t().contiguous(), offset, *y.shape, low.shape[1], scale, 0, 0, 0)
+    _run("lora_up", y, low, b.t().contiguous(), offset, *y.shape, low.shape[1], scale, 0, *_draws(None))
     return y
 
 
-def _lora_add(y: Tensor, low: Tensor, a: Tensor, p: float, key: int) -> None:
+def _lora_add(y: Tensor, low: Tensor, a: Tensor, dropout: Dropout | None) -> None:
     """y [T, K] += drop(low a), in place: the way back of `_lora_down`."""
     if cpu.serves(y):
-        _run("lora_up", y, low, a, 0, *y.shape, len(a), 1.0, 1, *_dropout(p, key))
-    elif p:
-        y.add_((low @ a.to(y.dtype)).mul_(dropout_mask(y, p, key)))
-    else:
+        _run("lora_up", y, low, a, 0, *y.shape, len(a), 1.0, 1, *_draws(dropout))
+    elif dropout is None:
         y.addmm_(low, a.to(y.dtype))
+    else:
+        y.add_(_dropped(low @ a.to(y.dtype), dropout))
 
 
-def _lora_outer(low: Tensor, x: Tensor, p: float = 0.0, key: int = 0) -> Tensor:
+def _lora_outer(low: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
     """lowᵀ drop(x): low [T, r], x [T, K] -> [r, K] fp32."""
     if not cpu.serves(x):
-        return (low.t() @ (x * dropout_mask(x, p, key) if p else x)).float()
+        return (low.t() @ _dropped(x, dropout)).float()
     out = torch.empty(low.shape[1], x.shape[1], dtype=torch.float32)
-    _run("lora_outer", x, low, out, *x.shape, low.shape[1], *_dropout(p, key))
+    _run("lora_outer", x, low, out, *x.shape, low.shape[1], *_draws(dropout))
     return out
 
 
@@ -243,10 +248,10 @@ class _LoRADelta(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias, a, b, scale, p, key):  # type: ignore[no-untyped-def]
-        ctx.scale, ctx.p, ctx.key = scale / (1 - p), p, key
+    def forward(ctx, x, bias, a, b, scale, dropout):  # type: ignore[no-untyped-def]
+        ctx.scale, ctx.dropout = scale if dropout is None else scale / (1 - dropout.p), dropout
         x = x.contiguous()
-        low = _lora_down(x, a, p, key)
+        low = _lora_down(x, a, dropout)
         ctx.save_for_backward(x, a, b, low)
         passed = x.view_as(x)
         if not ctx.needs_input_grad[0]:
@@ -258,11 +263,11 @@ class _LoRADelta(torch.autograd.Function):
         x, a, b, low = ctx.saved_tensors
         dy, dx = grads[0].contiguous(), grads[1]
         dlow = _lora_down(dy, b.t().contiguous()).mul_(ctx.scale)
-        da = _lora_outer(dlow, x, ctx.p, ctx.key)
+        da = _lora_outer(dlow, x, ctx.dropout)
         db = _lora_outer(low, dy).mul_(ctx.scale).t()
         if ctx.needs_input_grad[0]:
-            _lora_add(dx, dlow, a, ctx.p, ctx.key)
-        return dx if ctx.needs_input_grad[0] else None, None, da, db, None, None, None
+            _lora_add(dx, dlow, a, ctx.dropout)
+        return dx if ctx.needs_input_grad[0] else None, None, da, db, None, None
 
 
 class _AddFrozen(torch.autograd.Function):
@@ -281,13 +286,16 @@ class _AddFrozen(torch.autograd.Function):
 
 
 def lora_linear_train(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, key: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, dropout: Dropout | None = None
 ) -> Tensor:
     """x wᵀ + bias + scale · (drop(x) aᵀ) bᵀ with gradients for x, a and b.
 
-    x [T, K], weight [N, K], a [r, K] fp32, b [N, r] fp32 -> [T, N]; p and key are the dropout's (p 0: none).
+    x [T, K], weight [N, K], a [r, K] fp32, b [N, r] fp32 -> [T, N]; the same dropout gives the same masks.
     """
-    delta, x = _LoRADelta.apply(x, bias, a, b, scale, p, key)
+    if dropout is not None:  # read through a pointer
+        tokens = dropout.tokens
+        assert tokens.shape == x.shape[:1] and tokens.dtype == torch.int64 and tokens.is_contiguous()
+    delta, x = _LoRADelta.apply(x, bias, a, b, scale, dropout)
     return _AddFrozen.apply(delta, x, weight)
 
 

@@ -144,6 +144,17 @@ def pack(examples: Sequence[Example], device: torch.device, adapter: str) -> tup
     return batch, torch.tensor(targets, dtype=torch.int64, device=device)
 
 
+def token_names(rows: Sequence[int], examples: Sequence[Example], device: torch.device) -> Tensor:
+    """[T] int64, row · 2^32 + position in the row: what a token of `examples` is called in whatever micro-batch.
+
+    `rows` are the indices of these examples among all, `examples` in the order in which `pack` takes them.
+    """
+    names: list[int] = []
+    for row, example in zip(rows, examples, strict=True):
+        names += range(row << 32, (row << 32) + len(example.input_ids))
+    return torch.tensor(names, dtype=torch.int64, device=device)
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """sha256 over the tokens and masks of a set of rows, in order."""
     digest = hashlib.sha256()

@@ -156,7 +156,7 @@ class Trainer:
             yield
         finally:
             self.model.gradient_checkpointing = before
-            self.adapter.set_dropout_key(None)
+            self.adapter.clear_dropout()
             self.optimizer.zero_grad()
 
     def step(self, step: Step) -> dict[str, Any]:
@@ -165,8 +165,10 @@ class Trainer:
         num_loss_tokens = sum(example.num_loss_tokens for part in examples for example in part)
         lr = learning_rate(step.number, len(self.steps), self.cfg)
         loss = 0.0
-        for micro, part in enumerate(examples):
-            self.adapter.set_dropout_key(dropout_key(self.seed, step.number, micro))
+        for rows, part in zip(step.micro_batches, examples, strict=True):
+            if self.adapter.config.dropout:
+                tokens = data.token_names(rows, part, self.model.device)
+                self.adapter.set_dropout(dropout_key(self.seed, step.number), tokens)
             part_loss = self._nll(part) / num_loss_tokens
             part_loss.backward()
             loss += part_loss.item()
@@ -193,7 +195,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over the counted tokens of the validation rows; keeps the adapter if it is the best so far."""
-        self.adapter.set_dropout_key(None)
+        self.adapter.clear_dropout()
         lengths = [len(example.input_ids) for example in self.val_examples]
         parts = data.cut(range(len(lengths)), lengths, self.cfg.micro_batch_tokens)
         total = sum(self._nll([self.val_examples[i] for i in rows]).item() for rows in parts)
@@ -243,9 +245,9 @@ def learning_rate(step: int, num_steps: int, cfg: TrainConfig) -> float:
     return cfg.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def dropout_key(seed: int, step: int, micro: int) -> int:
-    """A number of its own for each forward of a run: resumed or not, the same masks."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {step} {micro}".encode(), digest_size=7).digest(), "little")
+def dropout_key(seed: int, step: int) -> int:
+    """A number of its own for each step of a run: resumed or not, and however its rows are packed, the same masks."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=7).digest(), "little")
 
 
 def _peak_gib(device: torch.device) -> float:

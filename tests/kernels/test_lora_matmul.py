@@ -2,10 +2,15 @@ import pytest
 import torch
 
 from isheep.model import ops
-from isheep_kernels.lora_matmul import lora_matmul_ref
+from isheep_kernels.lora_matmul import Dropout, dropout_mask, lora_matmul_ref
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 SCALE = 2.0
+
+
+def names(*rows):
+    """[T] int64 for rows of (index, number of tokens)."""
+    return torch.cat([torch.arange(n) + (row << 32) for row, n in rows])
 
 
 def problem(dtype, T=37, K=50, N=71, r=3, bias=True):
@@ -25,7 +30,7 @@ def value_and_gradients(function, x, w, bias, a, b, dy):
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_training_without_dropout(bias, dtype):
     args, dy = problem(dtype, bias=bias)
-    got = value_and_gradients(lambda x, w, c, a, b: ops.lora_linear_train(x, w, c, a, b, SCALE, 0.0, 0), *args, dy)
+    got = value_and_gradients(lambda x, w, c, a, b: ops.lora_linear_train(x, w, c, a, b, SCALE), *args, dy)
     ref = value_and_gradients(lambda x, w, c, a, b: lora_matmul_ref(x, w, c, a, b, SCALE), *args, dy)
     wide = [t if t is None else t.double() for t in args]
     truth = value_and_gradients(lambda x, w, c, a, b: lora_matmul_ref(x, w, c, a, b, SCALE), *wide, dy.double())
@@ -38,12 +43,13 @@ def test_training_without_dropout(bias, dtype):
 @DTYPES
 @pytest.mark.parametrize(("T", "r"), [(37, 3), (40, 8), (1, 11), (300, 16)], ids=str)
 def test_training_with_dropout_in_cpp(T, r, dtype):
-    """Ranks in and out of steps of eight; a column count that no vector divides; the key's high half counts too."""
+    """Ranks in and out of steps of eight; a column count that no vector divides; big numbers for key and rows."""
     (x, w, bias, a, b), dy = problem(dtype, T=T, r=r)
-    p, key = 0.25, (5 << 40) + 11
+    tokens = names((2**31 - 1, T // 3), (7, T - T // 3 - T // 5), (0, T // 5))
+    dropout = Dropout(0.25, 2**63 - 11, tokens)
 
     def both(function, *args):
-        return value_and_gradients(lambda x, w, c, a, b: function(x, w, c, a, b, SCALE, p, key), *args)
+        return value_and_gradients(lambda x, w, c, a, b: function(x, w, c, a, b, SCALE, dropout), *args)
 
     got = both(ops.lora_linear_train, x, w, bias, a, b, dy)
     ref = both(lora_matmul_ref, x, w, bias, a, b, dy)
@@ -57,47 +63,103 @@ def test_training_with_dropout_in_cpp(T, r, dtype):
 def test_the_gradient_of_an_input_that_needs_none_is_not_made(dtype):
     (x, w, bias, a, b), dy = problem(dtype)
     a, b = a.requires_grad_(), b.requires_grad_()
-    ops.lora_linear_train(x, w, bias, a, b, SCALE, 0.5, 3).backward(dy)
+    ops.lora_linear_train(x, w, bias, a, b, SCALE, Dropout(0.5, 3, names((1, len(x))))).backward(dy)
     assert x.grad is None and a.grad.any() and b.grad.any()
 
 
 def test_training_with_dropout():
     """The same mask in forward and backward, on the adapter's input alone, survivors scaled by 1 / (1 − p)."""
     (x, w, bias, a, b), dy = problem(torch.float64)
-    p, key = 0.25, 11
-    keep = ops.dropout_mask(x, p, key).double() / (1 - p)
+    dropout = Dropout(0.25, 11, names((3, 20), (2, 17)))
+    keep = dropout_mask(x, *dropout).double() / 0.75
 
     def reference(x, w, bias, a, b):
         return x @ w.t() + bias + SCALE * ((x * keep) @ a.t()) @ b.t()
 
     a, b = a.double(), b.double()
     got = value_and_gradients(
-        lambda x, w, c, a, b: ops.lora_linear_train(x, w, c, a, b, SCALE, p, key), x, w, bias, a, b, dy
+        lambda x, w, c, a, b: ops.lora_linear_train(x, w, c, a, b, SCALE, dropout), x, w, bias, a, b, dy
     )
     expected = value_and_gradients(reference, x, w, bias, a, b, dy)
     for ours, theirs in zip(got, expected, strict=True):
         assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
+KEY = (5 << 40) + 11
+
+
+@needs_compiler
+@pytest.mark.parametrize("key", [0, 1, KEY, 2**63 - 1])
+def test_cpp_draws_the_same_numbers(key):
+    """Bit for bit: an identity for `a` lets `lora_down` hand the mask out, and ones for `low` those of the way back."""
+    tokens = names((0, 5), (1, 3), (2**31 - 1, 4), (123_456, 7))
+    dropout, eye = Dropout(0.4, key, tokens), torch.eye(35)
+    ones = torch.ones(len(tokens), 35)
+    expected = dropout_mask(ones, *dropout)
+    assert torch.equal(ops._lora_down(ones, eye, dropout), expected.float())
+    back = torch.zeros(len(tokens), 35)
+    ops._lora_add(back, ones, eye, dropout)
+    assert torch.equal(back, expected.float())
+    assert torch.equal(ops._lora_outer(torch.eye(len(tokens)), ones, dropout), expected.float())
+
+
+def test_a_row_draws_the_same_wherever_it_is_packed():
+    """Alone, first, last, in another order: its part of the mask does not change, forward and in each gradient."""
+    (x, w, bias, a, b), dy = problem(torch.float32, T=12)
+    alone = dropout_mask(x, 0.5, KEY, names((4, 12)))
+    for rows in ([(9, 5), (4, 12), (3, 1)], [(4, 12), (3, 7)], [(3, 7), (9, 5), (4, 12)]):
+        tokens = names(*rows)
+        start = (tokens >> 32 == 4).nonzero()[0].item()
+        packed = dropout_mask(torch.empty(len(tokens), 50), 0.5, KEY, tokens)
+        assert torch.equal(packed[start : start + 12], alone)
+        around = torch.zeros(len(tokens), 50), torch.zeros(len(tokens), 71)
+        for whole, part in zip(around, (x, dy), strict=True):
+            whole[start : start + 12] = part
+        one = value_and_gradients(_train(Dropout(0.5, KEY, names((4, 12)))), x, w, bias, a, b, dy)
+        more = value_and_gradients(_train(Dropout(0.5, KEY, tokens)), around[0], w, bias, a, b, around[1])
+        for ours, theirs in zip(more, one, strict=True):
+            ours = ours[start : start + 12] if len(ours) == len(tokens) else ours
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def _train(dropout):
+    return lambda x, w, c, a, b: ops.lora_linear_train(x, w, c, a, b, SCALE, dropout)
+
+
 def test_dropout_mask_keeps_its_share_everywhere():
-    """Five standard deviations over all, each row and each column."""
+    """Five standard deviations over all, each token and each column."""
     p, like = 0.05, torch.empty(1001, 999)
-    kept = ops.dropout_mask(like, p, 7).float()
+    kept = dropout_mask(like, p, 7, names((0, 400), (1, 400), (50, 201))).float()
     assert kept.shape == like.shape
     for share, n in ((kept.mean(), like.numel()), (kept.mean(0), 1001), (kept.mean(1), 999)):
         assert (share - (1 - p)).abs().max() < 5 * (p * (1 - p) / n) ** 0.5
 
 
-def test_dropout_mask_is_a_function_of_its_key():
+def test_dropout_mask_is_a_function_of_its_names():
     like = torch.empty(64, 65, dtype=torch.bfloat16)
-    first = ops.dropout_mask(like, 0.5, 1)
+    first = dropout_mask(like, 0.5, 1, names((6, 64)))
     torch.rand(10)  # other random numbers in between change nothing
-    assert torch.equal(first, ops.dropout_mask(like, 0.5, 1))
-    agree = (first == ops.dropout_mask(like, 0.5, 2)).float().mean()
-    assert 0.45 < agree < 0.55
+    assert torch.equal(first, dropout_mask(like, 0.5, 1, names((6, 64))))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize(
+    ("key", "row", "start"),
+    [(KEY, 7, 0), (KEY, 6 + 2**20, 0), (KEY, 6, 256), (KEY + 1, 6, 0), (KEY + 209, 6, 0), (KEY + (1 << 32), 6, 0)],
+    ids=["row", "far row", "position", "layer", "far layer", "step"],
+)
+def test_other_names_draw_independently(p, key, row, start):
+    """The next row, positions, layer and step: as many elements dropped in both as chance has it (five deviations)."""
+    like = torch.empty(256, 512)
+    one = ~dropout_mask(like, p, KEY, names((6, 256)))
+    other = ~dropout_mask(like, p, key, names((row, 256)) + start)
+    for shift in (0, 1, 3):  # also against neighbours along either dimension
+        for moved in (other.roll(shift, 0), other.roll(shift, 1)):
+            deviation = (p * p * (1 - p * p) / like.numel()) ** 0.5
+            assert abs((one & moved).float().mean().item() - p * p) < 5 * deviation
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_dropout_mask_of_a_few_elements(n):
-    assert ops.dropout_mask(torch.empty(n), 0.5, 3).shape == (n,)
-    assert ops.dropout_mask(torch.empty(n), 0.0, 3).all()
+    assert dropout_mask(torch.empty(1, n), 0.5, 3, names((0, 1))).shape == (1, n)
+    assert dropout_mask(torch.empty(1, n), 0.0, 3, names((0, 1))).all()

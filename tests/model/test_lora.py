@@ -147,15 +147,17 @@ def test_an_optimizer_step_is_seen_at_once(foreach):
 def test_checkpointing_repeats_the_dropout():
     model = tiny_model()
     adapter = randomised(attach(model, LoRAConfig(r=4, alpha=8, dropout=0.3), "a"))
-    adapter.set_dropout_key(5)
+    tokens = torch.arange(sum(map(len, SEQUENCES)))
+    adapter.set_dropout(5, tokens)
     kept = gradients(model, adapter)
     model.gradient_checkpointing = True
     recomputed = gradients(model, adapter)
     assert all(torch.equal(kept[key], recomputed[key]) for key in kept)
-    adapter.set_dropout_key(6)
-    other = gradients(model, adapter)
-    assert not any(torch.equal(kept[key], other[key]) for key in kept)
-    adapter.set_dropout_key(None)
+    for key, named in ((6, tokens), (5, tokens + (1 << 32))):
+        adapter.set_dropout(key, named)
+        other = gradients(model, adapter)
+        assert not any(torch.equal(kept[key], other[key]) for key in kept)
+    adapter.clear_dropout()
     assert not torch.equal(gradients(model, adapter)[next(iter(kept))], kept[next(iter(kept))])
 
 
@@ -164,8 +166,8 @@ def test_dropout_keys_of_layers_and_steps_never_meet():
     adapter = attach(model, CONFIG, "a")
     keys = set()
     for step in range(50):
-        adapter.set_dropout_key(step)
-        keys |= {pair.dropout_key for pair in adapter.pairs.values()}
+        adapter.set_dropout(step, torch.arange(3))
+        keys |= {pair.dropout.key for pair in adapter.pairs.values()}
     assert len(keys) == 50 * len(adapter.pairs)
 
 

@@ -44,6 +44,11 @@ def test_a_row_without_prompt_counts_from_its_second_token() -> None:
     assert Example((5, 6, 7), 0).num_loss_tokens == 2
 
 
+def test_tokens_are_named_by_row_and_position() -> None:
+    rows = [Example((7,) * n, 1) for n in (3, 1, 2)]
+    assert data.token_names([0, 5, 9], rows, torch.device("cpu")).tolist() == [0, 1, 2, 5 << 32, 9 << 32, (9 << 32) + 1]
+
+
 def test_the_cutoff_holds_and_bad_rows_are_counted(tokenizer: Tokenizer) -> None:
     rows = [row(output="word " * 400), row(output=" "), row(instruction=""), row(output=3), row()]  # type: ignore[arg-type]
     cfg = TrainConfig(cutoff=64, val_share=0)

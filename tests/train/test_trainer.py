@@ -138,6 +138,45 @@ def test_packed_loss_and_gradients_equal_one_by_one(checkpointing: bool) -> None
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_draw_depends_on_the_micro_batches(checkpointing: bool) -> None:
+    """With dropout too, three steps in one forward each equal three steps in a forward a row."""
+    rows, runs = examples(18, seed=4), []
+    for tokens in (10_000, 70, 1):
+        model, adapter = tiny_with_adapter(dropout=0.3)
+        for pair in adapter.pairs.values():
+            torch.nn.init.normal_(pair.lora_B, std=0.1, generator=torch.Generator().manual_seed(0))
+        cfg = settings(
+            micro_batch_tokens=tokens, gradient_checkpointing=checkpointing, warmup_steps=0, learning_rate=1e-3
+        )
+        trainer = Trainer(model, adapter, rows, [], cfg, seed=0)
+        assert len(trainer.steps) == 3
+        grads: list[torch.Tensor] = []
+        trainer.optimizer.register_step_pre_hook(lambda *_, to=grads, of=adapter: to.extend(_gradients(of)))
+        with trainer.training():
+            log = [trainer.step(step) for step in trainer.steps]
+        runs.append(([row["loss"] for row in log], grads, [p.detach() for p in adapter.parameters()]))
+    (losses, grads, ends), *others = runs
+    for other_losses, other_grads, other_ends in others:
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        for one, other in zip([*grads, *ends], [*other_grads, *other_ends], strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def _gradients(adapter: Adapter) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in adapter.parameters()]  # type: ignore[union-attr]
+
+
+def test_without_dropout_no_token_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("isheep.train.data.token_names")
+    model, adapter = tiny_with_adapter()
+    trainer = Trainer(model, adapter, examples(6), examples(6), settings(), 0)
+    with trainer.training():
+        trainer.step(trainer.steps[0])
+        assert all(pair.dropout is None for pair in adapter.pairs.values())
+        trainer.evaluate()
+
+
 def test_the_best_adapter_is_kept_and_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model, adapter = tiny_with_adapter(dropout=0.1)
     ids = PackedBatch.pack([list(range(20))], "cpu")
@@ -158,7 +197,7 @@ def test_the_best_adapter_is_kept_and_the_model_is_left_as_it_was(tmp_path: Path
         assert Trainer(model, adapter, [], examples(6, seed=9), cfg, 0).evaluate() == pytest.approx(min(losses))
         assert torch.equal(model(ids), before)
     assert model.gradient_checkpointing is False
-    assert all(pair.dropout_key is None for pair in adapter.pairs.values())
+    assert all(pair.dropout is None for pair in adapter.pairs.values())
     assert all(p.grad is None for p in adapter.parameters())
 
 
