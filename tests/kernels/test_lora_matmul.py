@@ -145,8 +145,11 @@ def test_dropout_mask_is_a_function_of_its_names():
 @pytest.mark.parametrize("p", [0.05, 0.5])
 @pytest.mark.parametrize(
     ("key", "row", "start"),
-    [(KEY, 7, 0), (KEY, 6 + 2**20, 0), (KEY, 6, 256), (KEY + 1, 6, 0), (KEY + 209, 6, 0), (KEY + (1 << 32), 6, 0)],
-    ids=["row", "far row", "position", "layer", "far layer", "step"],
+    [
+        *((KEY, 7, 0), (KEY, 6 + 2**20, 0), (KEY, 6, 256), (KEY + 1, 6, 0), (KEY + 209, 6, 0), (KEY + (1 << 32), 6, 0)),
+        (KEY + 1, 5, 0),
+    ],
+    ids=["row", "far row", "position", "layer", "far layer", "step", "layer and row"],
 )
 def test_other_names_draw_independently(p, key, row, start):
     """The next row, positions, layer and step: as many elements dropped in both as chance has it (five deviations)."""
