@@ -142,15 +142,19 @@ def test_dropout_mask_is_a_function_of_its_names():
     assert torch.equal(first, dropout_mask(like, 0.5, 1, names((6, 64))))
 
 
+OTHERS = {  # (key, row, first position); the masks of (KEY, 6, 0) are what they are compared with
+    "row": (KEY, 7, 0),
+    "far row": (KEY, 6 + 2**20, 0),
+    "position": (KEY, 6, 256),
+    "layer": (KEY + 1, 6, 0),
+    "far layer": (KEY + 209, 6, 0),
+    "layer and row": (KEY + 1, 5, 0),
+    "step": (KEY + (1 << 32), 6, 0),
+}
+
+
 @pytest.mark.parametrize("p", [0.05, 0.5])
-@pytest.mark.parametrize(
-    ("key", "row", "start"),
-    [
-        *((KEY, 7, 0), (KEY, 6 + 2**20, 0), (KEY, 6, 256), (KEY + 1, 6, 0), (KEY + 209, 6, 0), (KEY + (1 << 32), 6, 0)),
-        (KEY + 1, 5, 0),
-    ],
-    ids=["row", "far row", "position", "layer", "far layer", "step", "layer and row"],
-)
+@pytest.mark.parametrize(("key", "row", "start"), OTHERS.values(), ids=OTHERS)
 def test_other_names_draw_independently(p, key, row, start):
     """The next row, positions, layer and step: as many elements dropped in both as chance has it (five deviations)."""
     like = torch.empty(256, 512)
