@@ -1,13 +1,19 @@
 """From logits to tokens: penalties and masks, then the draw, with randomness keyed by request, sample and position."""
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from isheep.model import ops
+from isheep.sampler import vocab_parallel
 from isheep.sampler.request import SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from isheep.model.parallel import VocabShard
 
 _MASK64 = 2**64 - 1
 
@@ -25,11 +31,18 @@ def uniform(key: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
-def draw(logits: Tensor, seqs: Seq[Sequence], keys: Seq[int], ends: Seq[frozenset[int]]) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor,
+    seqs: Seq[Sequence],
+    keys: Seq[int],
+    ends: Seq[frozenset[int]],
+    vocab: "VocabShard | None" = None,
+) -> tuple[Tensor, Tensor]:
     """One token for each sequence from its row of logits [B, V] -> tokens [B] int64, log-probabilities [B] fp32.
 
     `keys` are the sequences' stream keys, `ends` their end tokens (kept out until min_tokens). The log-probabilities
-    are the model's own, before penalties, masks, temperature and truncation.
+    are the model's own, before penalties, masks, temperature and truncation. With `vocab`, the logits are [B, V_r] of
+    this rank's range of token ids, and every rank gets the same tokens.
     """
     params = [seq.request.params for seq in seqs]
     changed = [i for i, seq in enumerate(seqs) if _needs_change(seq)]
@@ -37,19 +50,17 @@ def draw(logits: Tensor, seqs: Seq[Sequence], keys: Seq[int], ends: Seq[frozense
     if changed:
         adjusted = logits.to(torch.float32, copy=True)
         for i in changed:
-            _change(adjusted[i], seqs[i], ends[i])
-
-    def column(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)
-
-    tokens, logprobs = ops.sample(
-        adjusted,
-        column([p.temperature for p in params], torch.float32),
-        column([p.top_k for p in params], torch.int32),
-        column([p.top_p for p in params], torch.float32),
-        column([p.min_p for p in params], torch.float32),
-        column([uniform(k, seq.num_output_tokens) for k, seq in zip(keys, seqs, strict=True)], torch.float64),
+            _change(adjusted[i], seqs[i], ends[i], vocab.first if vocab else 0)
+    columns = (
+        torch.tensor([p.temperature for p in params], dtype=torch.float32),
+        torch.tensor([p.top_k for p in params], dtype=torch.int32),
+        torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        torch.tensor([uniform(k, s.num_output_tokens) for k, s in zip(keys, seqs, strict=True)], dtype=torch.float64),
     )
+    if vocab is not None:
+        return vocab_parallel.sample(adjusted, logits, *columns, vocab)
+    tokens, logprobs = ops.sample(adjusted, *(column.to(logits.device) for column in columns))
     asked = [i for i in changed if params[i].logprobs is not None]
     if asked:
         plain = logits[asked].float().log_softmax(-1)
@@ -57,12 +68,19 @@ def draw(logits: Tensor, seqs: Seq[Sequence], keys: Seq[int], ends: Seq[frozense
     return tokens, logprobs
 
 
-def top_logprobs(logits: Tensor, k: int) -> list[list[float]]:
-    """The k most likely tokens of one row [V]: [[token id, log-probability], ...]."""
+def top_logprobs(logits: Tensor, k: int, vocab: "VocabShard | None" = None) -> list[list[float]]:
+    """The k most likely tokens of one row [V], ties by id: [[token id, log-probability], ...].
+
+    With `vocab`, the row is [V_r], this rank's range, and every rank gets the list for all of it.
+    """
     if k == 0:
         return []
-    values, ids = logits.float().log_softmax(-1).topk(min(k, len(logits)))
-    return [[i, v] for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    row = logits.float()
+    ids, lse = vocab_parallel.top(row, k), row.logsumexp(-1)
+    values = row[ids]
+    if vocab is not None:
+        ids, values, lse = vocab_parallel.gather_top(ids, values, lse, k, vocab)
+    return [[i, v] for i, v in zip(ids.tolist(), (values - lse).tolist(), strict=True)]
 
 
 def _penalised(p: SamplingParams) -> bool:
@@ -74,23 +92,29 @@ def _needs_change(seq: Sequence) -> bool:
     return _penalised(p) or p.allowed_token_ids is not None or seq.num_output_tokens < p.min_tokens
 
 
-def _change(row: Tensor, seq: Sequence, ends: frozenset[int]) -> None:
-    """Apply penalties and masks to one fp32 row [V], in place.
+def _change(row: Tensor, seq: Sequence, ends: frozenset[int], first: int) -> None:
+    """Apply penalties and masks to one fp32 row [V], or to its part that begins with token id `first`, in place.
 
     repetition: over prompt and output, positive logits divided and negative ones multiplied (CTRL). presence and
     frequency: over the output, as OpenAI's API defines them.
     """
     p = seq.request.params
     if p.repetition_penalty != 1:
-        seen = torch.tensor(seq.token_ids, device=row.device).unique()
+        seen = _places(seq.token_ids, row, first).unique()
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if seq.num_output_tokens and (p.presence_penalty or p.frequency_penalty):
-        seen, counts = torch.tensor(seq.output_token_ids, device=row.device).unique(return_counts=True)
+        seen, counts = _places(seq.output_token_ids, row, first).unique(return_counts=True)
         row[seen] -= p.presence_penalty + p.frequency_penalty * counts
     if p.allowed_token_ids is not None:
-        allowed = torch.tensor(p.allowed_token_ids, device=row.device)
+        allowed = _places(p.allowed_token_ids, row, first)
         kept = row[allowed]
         row.fill_(-torch.inf)[allowed] = kept
-    if seq.num_output_tokens < p.min_tokens and ends:
-        row[torch.tensor(sorted(ends), device=row.device)] = -torch.inf
+    if seq.num_output_tokens < p.min_tokens:
+        row[_places(ends, row, first)] = -torch.inf
+
+
+def _places(ids: Collection[int], row: Tensor, first: int) -> Tensor:
+    """Where in the row these token ids are; ids that it does not hold are left out."""
+    places = torch.tensor(list(ids), dtype=torch.int64) - first
+    return places[(places >= 0) & (places < len(row))].to(row.device)
