@@ -52,11 +52,11 @@ def iterate(run: Session) -> None:
         run.free_cache()
         if cfg.measure.enabled:
             with run.stage(it, "measure"):
-                measure(it, model, tokenizer, cfg.measure)
+                measure(it, model, tokenizer, cfg.measure, run.mesh)
         with run.stage(it, "select"):
             select(it, cfg.select)
         with run.stage(it, "train"):
-            train(it, model, tokenizer, run.template, setting.trained, setting.on(it), cfg.train)
+            train(it, model, tokenizer, run.template, setting.trained, setting.on(it), cfg.train, run.mesh)
         with run.stage(it, "show"):
             show(it, run.stream, tokenizer, run.template)
         earlier.append(it.file("instructions.jsonl"))

@@ -33,14 +33,17 @@ class _BarSafeHandler(logging.StreamHandler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def setup(verbose: bool = False) -> None:
-    """Send this project's log to stderr with the time of day; a second call changes the level only."""
+def setup(verbose: bool = False, quiet: bool = False) -> None:
+    """Send this project's log to stderr with the time of day; a second call changes the level only.
+
+    `quiet`: warnings alone, as of a rank that follows another.
+    """
     if not any(isinstance(handler, _BarSafeHandler) for handler in log.handlers):
         handler = _BarSafeHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
         log.propagate = False
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
 
 
 class Events:

@@ -126,7 +126,7 @@ def environment(opened: Opened) -> dict[str, Any]:
         "device": str(model.device),
         "device_name": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else _cpu_name(),
         "num_threads": torch.get_num_threads(),
-        "backend": ops.backend(model.head_weight),
+        "backend": ops.backend(model.head.weight),
         "num_parameters": sum(p.numel() for p in model.parameters()),
     }
 

@@ -21,9 +21,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isheep.artifacts import Journal, read_rows, write_atomic, writes_to
-from isheep.cli import add_model_args, named_folder, open_model, run_main
+from isheep.cli import Opened, add_model_args, named_folder, open_model, run_main
 from isheep.config import MeasureConfig, RunConfig, UserError, load_config
 from isheep.log import Progress, log
+from isheep.mesh import ALONE, Mesh
 from isheep.model import ops
 from isheep.model.batch import PackedBatch
 from isheep.model.transformer import Transformer
@@ -51,6 +52,7 @@ def score_rows(
     vectors: bool = False,
     batch_tokens: int = MeasureConfig.batch_tokens,
     skip: int = 0,
+    mesh: Mesh = ALONE,
 ) -> Iterator[Scored]:
     """Score every row's output alone, and its instruction, input and output joined by `join` (empty ones left out).
 
@@ -65,9 +67,37 @@ def score_rows(
     if num_cut:
         log.warning("%d of %d rows are longer than the model's context of %d tokens: cut", num_cut, len(rows), limit)
     ids = [(output[:limit], pair[:limit]) for output, pair in whole]
-    for first, last in _batches([len(output) + len(pair) for output, pair in ids], batch_tokens):
-        if first >= skip:
-            yield Scored(first, *_score(model, ids[first:last], adapter, vectors))
+    spans = list(_batches([len(output) + len(pair) for output, pair in ids], batch_tokens))
+    todo = [(first, last) for first, last in spans if first >= skip]
+    scored = _score_together(model, [ids[first:last] for first, last in todo], adapter, vectors, mesh)
+    yield from (Scored(first, *part) for (first, _), part in zip(todo, scored, strict=True))
+
+
+Batch = Sequence[tuple[list[int], list[int]]]  # rows of (output ids, pair ids) that share a forward
+
+
+def _score_together(
+    model: Transformer, batches: Sequence[Batch], adapter: str | None, vectors: bool, mesh: Mesh
+) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    """`_score` of each batch in order; the ranks of a mesh take a batch each, as far as there are any."""
+    mesh.command("score", adapter=adapter, vectors=vectors)
+    try:
+        for at in range(0, len(batches), mesh.size):
+            group = mesh.share(batches[at : at + mesh.size])
+            yield from mesh.collect(_score(model, _own(group, mesh), adapter, vectors))[: len(group)]
+    finally:
+        mesh.share(None)
+
+
+def follow(opened: Opened, mesh: Mesh, adapter: str | None, vectors: bool) -> None:
+    """A follower's part in `_score_together`."""
+    while (group := mesh.share()) is not None:
+        mesh.collect(_score(opened.model, _own(group, mesh), adapter, vectors))
+
+
+def _own(group: Sequence[Batch], mesh: Mesh) -> Batch:
+    """This rank's batch. One that has none takes a token, for the gathering of weights is everybody's."""
+    return group[mesh.rank] if mesh.rank < len(group) else [([0], [])]
 
 
 def _batches(num_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
@@ -83,9 +113,7 @@ def _batches(num_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int
 
 
 @torch.no_grad()
-def _score(
-    model: Transformer, rows: Sequence[tuple[list[int], list[int]]], adapter: str | None, vectors: bool
-) -> tuple[list[dict[str, Any]], Tensor]:
+def _score(model: Transformer, rows: Batch, adapter: str | None, vectors: bool) -> tuple[list[dict[str, Any]], Tensor]:
     """rows of (output ids, pair ids) -> their scores and, where asked for, pooled vectors of the pairs."""
     lens = [len(ids) for row in rows for ids in row]
     nll, hidden = _forward(model, [ids for row in rows for ids in row if ids], adapter)
@@ -112,7 +140,7 @@ def _forward(model: Transformer, sequences: Sequence[list[int]], adapter: str | 
     targets = batch.input_ids.roll(-1)
     targets[batch.cu_seqlens[1:].long() - 1] = ops.IGNORE
     hidden = model(batch)
-    return ops.linear_cross_entropy(hidden, model.head_weight, targets).cpu(), hidden
+    return model.nll(hidden, targets).cpu(), hidden
 
 
 def _mean(nll: Tensor) -> float | None:
@@ -213,6 +241,7 @@ def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int,
     num_done = sum(len(done) for done in journal.done.values())
     vectors = VectorFile(args.vectors, opened.model.config.hidden_size, num_done) if args.vectors else None
     options = {"join": args.join, "adapter": adapter, "vectors": vectors is not None, "batch_tokens": batch_tokens}
+    options["mesh"] = opened.mesh
     with Progress("scoring", len(rows)) as bar:
         bar.update(num_done)
         for batch in score_rows(opened.model, opened.tokenizer, rows, skip=num_done, **options):
@@ -227,4 +256,4 @@ def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int,
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, {"score": follow})

@@ -14,6 +14,7 @@ from isheep.config import RunConfig
 from isheep.log import Events, log
 from isheep.sampler.engine import Sampler, Stats
 from isheep.sampler.request import Completion, Request
+from isheep.sampler.team import Team, start_sampler
 from isheep.stages import Iteration
 from isheep.summary import stage_counts
 from isheep.text.templates import template
@@ -25,8 +26,9 @@ class Session:
     def __init__(self, cfg: RunConfig, opened: Opened, seeds: Path) -> None:
         self.cfg, self.seeds, self.out = cfg, seeds, Path(cfg.out)
         self.model, self.tokenizer, self.template = opened.model, opened.tokenizer, opened.template
+        self.mesh = opened.mesh
         self.events = Events(self.out / "events.jsonl")
-        self._sampler: Sampler | None = None
+        self._sampler: Sampler | Team | None = None
 
     @property
     def num_iterations(self) -> int:
@@ -53,7 +55,8 @@ class Session:
         """Completions as they finish; see `Sampler.stream`."""
         if self._sampler is None:
             ends = self.template.stop_token_ids(self.tokenizer)
-            self._sampler = Sampler(self.model, self.tokenizer, self.cfg.sampler, self.cfg.seed, ends)
+            cfg = self.cfg
+            self._sampler = start_sampler(self.model, self.tokenizer, cfg.sampler, cfg.seed, ends, self.mesh)
         yield from self._sampler.stream(requests)
 
     def free_cache(self) -> None:
@@ -66,6 +69,7 @@ class Session:
     def stage(self, it: Iteration, name: str) -> Iterator[None]:
         """Around one stage: its start, its end and what it took go to events.jsonl, also when it is stopped."""
         where = {"iteration": it.number, "stage": name}
+        self.mesh.enter(f"{name} of iteration {it.number}")
         self.events.write("stage started", **where)
         started, before, status = time.monotonic(), self._num_tokens(), "stopped"
         try:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FAILED = 3  # the exit code of a rank that failed, when it or another has said why
 LOADING = "loading"  # the stage before the first
 RESUMES = "the same command resumes."
+SILENT = ("gave no sign of life", "stopped, killed, or its machine is gone")
+ABSENT = ("let the other ranks wait", "its main thread hangs")
 GRACE_S = 2.0  # what a rank waits for one that can say more
 VERDICT, SPEAKERS, BEAT = "isheep/verdict", "isheep/speakers", "isheep/beat/"  # keys in the store
 
@@ -200,7 +202,7 @@ class Watch:
                 if silent_s > self._loading_s:
                     self.say(f"error: rank {rank} did not start within {self._loading_s:g} s; {RESUMES}")
             elif self._beats[rank].where != "left" and silent_s > self._limit(self._beats[rank]):
-                self._name(self._beats[rank], "stopped, or its machine is gone: no sign of life")
+                self._name(self._beats[rank], *SILENT)
 
     def _look_for_absent(self) -> None:
         """Where this main thread has waited too long in a collective: find who has not come, from two looks at all."""
@@ -218,21 +220,19 @@ class Watch:
         others = [beat for beat in now.values() if beat.rank != self.rank]
         silent = [beat for beat in others if beat.rank in before and before[beat.rank].count == beat.count]
         if silent:
-            self._name(silent[0], "stopped, or its machine is gone: no sign of life")
+            self._name(silent[0], *SILENT)
         found = next(
             (group for where in ("busy", "idle", "left") if (group := [b for b in others if b.where == where])),
             list(now.values()),
         )
-        self._name(min(found, key=lambda beat: beat.progress), "hangs: the other ranks waited for it")
+        self._name(min(found, key=lambda beat: beat.progress), *ABSENT)
 
     def _limit(self, beat: Beat) -> float:
         return max(beat.limit_s, self._driver().limit_s)
 
-    def _name(self, beat: Beat, what: str) -> NoReturn:
-        stage, limit_s = beat.stage or self.stage, self._limit(beat)
-        self.say(
-            f"error: rank {beat.rank} on {beat.host} {what} for {limit_s:g} s in stage {stage}; {RESUMES}", FAILED, beat
-        )
+    def _name(self, beat: Beat, what: str, why: str) -> NoReturn:
+        took = f"for {self._limit(beat):g} s in stage {beat.stage or self.stage}"
+        self.say(f"error: rank {beat.rank} on {beat.host} {what} {took} ({why}); {RESUMES}", FAILED, beat)
 
     def _lose_store(self) -> None:
         """The process that holds the store is gone or stopped: one rank on each machine says so."""

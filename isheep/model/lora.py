@@ -41,13 +41,10 @@ class LoRAConfig:
 class LoRAPair(nn.Module):
     """One layer's lora_A [r, in] and lora_B [out, r], fp32. `dropout` is set while training with one, else None."""
 
-    def __init__(self, linear: Linear, config: LoRAConfig) -> None:
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
         super().__init__()
-        out_features, in_features = linear.weight.shape
-        device = linear.weight.device
-        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=torch.float32, device=device))
-        self.scaling = config.scaling
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self.scaling = scaling
         self.dropout: Dropout | None = None
         self._cast: tuple[object, Tensor, Tensor] | None = None
 
@@ -57,6 +54,17 @@ class LoRAPair(nn.Module):
         if self._cast is None or self._cast[0] != state:
             self._cast = (state, self.lora_A.detach().to(dtype), (self.lora_B.detach() * self.scaling).to(dtype))
         return self._cast[1], self._cast[2]
+
+    def sliced(self, part: tuple[int, int, int] | None) -> "LoRAPair":
+        """The pair of a slice (dim, start, length) of its layer's weight: other views of the same tensors.
+
+        Rows of the weight are rows of B, its columns are columns of A; None is the whole weight.
+        """
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        if part is not None:
+            dim, start, length = part
+            a, b = (a, b.narrow(0, start, length)) if dim == 0 else (a.narrow(1, start, length), b)
+        return LoRAPair(a, b, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -100,14 +108,15 @@ def attach(model: Transformer, config: LoRAConfig, name: str, seed: int = 0) -> 
     unknown = set(config.target_modules) - {path.rpartition(".")[2] for path in targets}
     if unknown:
         raise UserError(f"No linear layer is called {', '.join(sorted(unknown))}; there are {', '.join(ALL_LINEAR)}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), model.device
     pairs = {}
     for path, linear in targets.items():
         if path.rpartition(".")[2] in config.target_modules:
-            pair = pairs[path] = LoRAPair(linear, config)
-            bound = 1 / math.sqrt(linear.weight.shape[1])  # kaiming_uniform with a = sqrt(5)
-            pair.lora_A.data.copy_(torch.empty(pair.lora_A.shape).uniform_(-bound, bound, generator=generator))
-            linear.lora[name] = pair
+            out_features, in_features = linear.weight.shape
+            bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5)
+            lora_A = torch.empty(config.r, in_features).uniform_(-bound, bound, generator=generator)
+            lora_B = torch.zeros(out_features, config.r)
+            linear.lora[name] = pairs[path] = LoRAPair(lora_A.to(device), lora_B.to(device), config.scaling)
     model.adapters[name] = adapter = Adapter(name, config, pairs)
     return adapter
 

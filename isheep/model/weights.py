@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import Tensor
 
 from isheep.artifacts import os_error_sentence
 from isheep.config import UserError, did_you_mean, model_preset, model_presets
 from isheep.log import log
+from isheep.mesh import ALONE, Mesh
+from isheep.model import parallel
 from isheep.model.config import ModelConfig
 from isheep.model.gguf import import_gguf
+from isheep.model.parallel import Slice
 from isheep.model.transformer import Transformer
 
 # What a hub repository is asked for: settings, weights, tokenizer, at its top level. Some hold the same weights twice.
@@ -48,42 +51,65 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # as safetensors names it: "BF16"
 
-    def read(self, into: Tensor, scratch: Tensor) -> None:
-        """Fill `into` [*shape], of any type and device. `scratch` [bytes] holds what is not yet cast or moved."""
+    def read(self, into: Tensor, scratch: Tensor, part: Slice | None = None) -> None:
+        """Fill `into`, of any type and device, with a slice (dim, start, length) of the tensor, or all of it.
+
+        Only the slice's bytes are read. `scratch` [bytes] holds what is not yet cast or moved.
+        """
         dtype = STORED_DTYPES[self.dtype]
         straight = into.dtype == dtype and into.device.type == "cpu"
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            for part in into.data.view(-1).split(len(scratch) // dtype.itemsize):
-                piece = part if straight else scratch[: part.numel() * dtype.itemsize].view(dtype)
-                rest = piece.view(torch.uint8).numpy().data
-                while rest:
-                    done = file.readinto(rest)
-                    if not done:
-                        raise UserError(f"{self.file} has become shorter while it was read: start again.")
-                    rest = rest[done:]
+            for first, block in self._blocks(into.data, part, len(scratch) // dtype.itemsize):
+                rows = block if straight else scratch[: block.numel() * dtype.itemsize].view(dtype).view(block.shape)
+                for i, row in enumerate(rows):
+                    file.seek(self.start + (first + i * self.shape[-1]) * dtype.itemsize)
+                    _read_into(file, row)
                 if not straight:
-                    part.copy_(piece)
+                    block.copy_(rows)
+
+    def _blocks(self, into: Tensor, part: Slice | None, limit: int) -> Iterator[tuple[int, Tensor]]:
+        """`into` in blocks of at most `limit` elements: (place of the first in the tensor, [rows, width]).
+
+        Rows follow each other at the width of the whole tensor; what is contiguous in the file is one row.
+        """
+        if part is not None and part[0] == 1:
+            rows = max(1, limit // part[2])
+            yield from ((i * rows * self.shape[1] + part[1], block) for i, block in enumerate(into.split(rows)))
+        else:
+            first = part[1] * math.prod(self.shape[1:]) if part else 0
+            yield from ((first + i * limit, piece[None]) for i, piece in enumerate(into.view(-1).split(limit)))
 
 
-def load_model(source: str | Path, dtype: torch.dtype, device: torch.device | str) -> Transformer:
+def _read_into(file: Any, target: Tensor) -> None:
+    """Fill a CPU tensor with the file's next bytes."""
+    rest = target.view(torch.uint8).numpy().data
+    while rest:
+        done = file.readinto(rest)
+        if not done:
+            raise UserError(f"{file.name} has become shorter while it was read: start again.")
+        rest = rest[done:]
+
+
+def load_model(source: str | Path, dtype: torch.dtype, device: torch.device | str, mesh: Mesh = ALONE) -> Transformer:
     """The model that `source` names (see `resolve`), its weights cast to `dtype` on `device`.
 
+    On a mesh each rank reads and holds its part of every weight, and the model is the training view (parallel.py).
     Raises UserError where the checkpoint is of another architecture, incomplete, damaged or not in safetensors.
     """
     folder = resolve(source)
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_dict(read_config(folder)))
+        model = Transformer(ModelConfig.from_dict(read_config(folder))).to(dtype)
     stored = _stored_tensors(folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _check(stored, shapes, model.config, folder)
+    if mesh.shard > 1:
+        parallel.shard_for_training(model, mesh)
+    model.to_empty(device=device)
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
-    for name, shape in shapes.items():
-        parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-        stored[name].read(parameter, scratch)
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, parameter)
-    log.info("loaded %s, %.4g million parameters", folder, sum(p.numel() for p in model.parameters()) / 1e6)
+    for name, parameter in model.named_parameters():
+        part = parallel.stored(name, shapes[name], model.config, mesh)
+        stored[name].read(parallel.local(parameter), scratch, part)
+    log.info("loaded %s, %.4g million parameters", folder, sum(map(math.prod, shapes.values())) / 1e6)
     return model
 
 

@@ -137,10 +137,10 @@ def _resume(out: Path, settings: Mapping[str, Any]) -> set[str]:
 
 
 def _generate(requests: list[Request], opened: Opened, cfg: SamplerConfig, args: argparse.Namespace) -> None:
-    from isheep.sampler.engine import Sampler
+    from isheep.sampler.team import start_sampler
 
     stops = opened.template.stop_token_ids(opened.tokenizer)
-    sampler = Sampler(opened.model, opened.tokenizer, cfg, args.seed, stops)
+    sampler = start_sampler(opened.model, opened.tokenizer, cfg, args.seed, stops, opened.mesh)
     total = {request.id: request.params.n for request in requests}
     started = time.perf_counter()
     bar = Progress("sampling", sum(total.values()), "completions")
@@ -165,5 +165,12 @@ def _generate(requests: list[Request], opened: Opened, cfg: SamplerConfig, args:
     sampler.close()
 
 
+def follow(*args: Any, **call: Any) -> None:
+    """A follower's part; torch is imported here, not with this module."""
+    from isheep.sampler.team import follow
+
+    follow(*args, **call)
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, {"sample": follow})

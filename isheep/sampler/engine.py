@@ -9,13 +9,15 @@ Each step is one forward pass over the tokens the scheduler chose: prompts, part
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from isheep import ranks
 from isheep.config import SamplerConfig, UserError, did_you_mean
 from isheep.model.batch import PackedBatch, PagedMeta
 from isheep.model.transformer import KVCache, Transformer
@@ -36,6 +38,13 @@ class Stats:
     num_decode_tokens: int = 0  # tokens drawn
     num_preempted: int = 0
     time_s: float = 0.0
+
+    @classmethod
+    def together(cls, parts: Seq["Stats"]) -> "Stats":
+        """Of samplers that run side by side: tokens add up, steps and time are the longest."""
+        longest = ("num_steps", "time_s")
+        names = [field.name for field in fields(cls)]
+        return cls(**{n: (max if n in longest else sum)([getattr(part, n) for part in parts]) for n in names})
 
 
 class _Sample:
@@ -76,15 +85,19 @@ class Sampler:
         cfg: SamplerConfig | None = None,
         seed: int = 0,
         eos_token_ids: Iterable[int] = (),
+        num_blocks: int | None = None,
     ) -> None:
-        """`eos_token_ids`, a template's stops say, end a sample as the checkpoint's own do, unless eos is ignored."""
+        """`eos_token_ids`, a template's stops say, end a sample as the checkpoint's own do, unless eos is ignored.
+
+        `num_blocks` is the size of the cache, where several ranks have to agree on it; None: `num_cache_blocks`.
+        """
         self.cfg = cfg = cfg or SamplerConfig()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         own = {tokenizer.eos_token_id, *model.config.eos_token_ids, *eos_token_ids}
         self.eos = frozenset(token for token in own if token is not None)
         self.stats = Stats()
         self.scheduler = Scheduler(
-            BlockManager(_num_blocks(model, cfg), cfg.block_size, cfg.prefix_caching),
+            BlockManager(num_blocks or num_cache_blocks(model, cfg), cfg.block_size, cfg.prefix_caching),
             cfg.max_num_seqs,
             cfg.max_num_batched_tokens,
             lambda adapter: self._salts[adapter],
@@ -112,24 +125,26 @@ class Sampler:
         """
         source, pending = iter(requests), True
         try:
-            while pending or self.scheduler.has_work:
+            while pending or self.has_work:
                 while pending and self.scheduler.num_waiting < self.cfg.max_num_seqs:
                     request = next(source, None)
                     if request is None:
                         pending = False
                     else:
-                        self._add(request)
-                if self.scheduler.has_work:
+                        self.add(request)
+                if self.has_work:
                     yield from self.step()
         finally:
-            for request_id in {key[0] for key in self._samples}:
-                self.scheduler.abort(request_id)
-            self._samples.clear()
+            self.abort()
 
-    def _add(self, request: Request) -> None:
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """UserError where the request cannot be served: too long for the context or the cache, an unknown adapter."""
         context = self.model.config.context_len
-        room = context - len(request.prompt_token_ids)
-        if room < 1:
+        if len(request.prompt_token_ids) >= context:
             raise UserError(
                 f'The prompt of request "{request.id}" has {len(request.prompt_token_ids)} tokens, but the model\'s '
                 f"context ends at {context}: shorten it."
@@ -139,11 +154,26 @@ class Sampler:
                 f'Request "{request.id}" names the adapter "{request.adapter}", which is not loaded.'
                 f"{did_you_mean(request.adapter, self.model.adapters)}"
             )
-        params = request.params
-        if params.max_tokens > room:
-            request = replace(request, params=replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room)))
-        for seq in self.scheduler.add(request):
+        self.scheduler.check(self._within_context(request))
+
+    def add(self, request: Request) -> None:
+        """Queue a request; UserError as `check` says."""
+        self.check(request)
+        for seq in self.scheduler.add(self._within_context(request)):
             self._samples[seq.key] = _Sample(seq, self.tokenizer, self.seed, self.eos)
+
+    def abort(self) -> None:
+        """Drop all that is queued or running."""
+        for request_id in dict.fromkeys(key[0] for key in self._samples):  # in order: the ranks of a mesh stay in step
+            self.scheduler.abort(request_id)
+        self._samples.clear()
+
+    def _within_context(self, request: Request) -> Request:
+        """The request with no more max_tokens than the model's context has room for."""
+        params, room = request.params, self.model.config.context_len - len(request.prompt_token_ids)
+        if params.max_tokens <= room:
+            return request
+        return replace(request, params=replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room)))
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -210,7 +240,8 @@ class Sampler:
     def _append_tokens(self, seqs: list[Sequence], logits: Tensor) -> list[Completion]:
         """Draw each sequence's next token; finish those that end with it."""
         samples = [self._samples[seq.key] for seq in seqs]
-        tokens, logprobs = sampling.draw(logits, seqs, [s.key for s in samples], [s.ends for s in samples])
+        keys, ends, vocab = [s.key for s in samples], [s.ends for s in samples], self.model.vocab
+        tokens, logprobs = sampling.draw(logits, seqs, keys, ends, vocab)
         done = []
         for i, (seq, sample, token, logprob) in enumerate(
             zip(seqs, samples, tokens.tolist(), logprobs.tolist(), strict=True)
@@ -218,7 +249,7 @@ class Sampler:
             params = seq.request.params
             seq.token_ids.append(token)
             if sample.logprobs is not None:
-                top = sampling.top_logprobs(logits[i], params.logprobs or 0)
+                top = sampling.top_logprobs(logits[i], params.logprobs or 0, vocab)
                 sample.logprobs.append({"token_id": token, "logprob": logprob, "top": top})
             sample.push(token)
             if seq.num_output_tokens >= params.min_tokens and sample.stops(token):
@@ -241,10 +272,11 @@ class Sampler:
         )
 
 
-def _num_blocks(model: Transformer, cfg: SamplerConfig) -> int:
+def num_cache_blocks(model: Transformer, cfg: SamplerConfig) -> int:
     """Blocks that the memory set aside for the cache holds, and no more than max_num_seqs full contexts could use.
 
-    Unset, it is half of the free memory on the CPU and nine tenths on a GPU. Raises UserError where not one block fits.
+    Unset, it is nine tenths of the free memory on a GPU, and on a CPU half of it, shared by the ranks that are there.
+    Raises UserError where not one block fits.
     """
     block_bytes = KVCache.block_bytes(model.config, cfg.block_size, model.dtype)
     if cfg.kv_cache_gib is not None:
@@ -252,7 +284,7 @@ def _num_blocks(model: Transformer, cfg: SamplerConfig) -> int:
     elif model.device.type == "cuda":
         limit = int(0.9 * torch.cuda.mem_get_info(model.device)[0])
     else:
-        limit = _free_memory() // 2
+        limit = _free_memory() // 2 // ranks.local_world_size()
     if limit < block_bytes:
         raise UserError(
             f"A key/value cache of {limit / 2**30:.3f} GiB holds no block of {cfg.block_size} tokens, which takes "

@@ -122,8 +122,8 @@ class Scheduler:
 
     # ---- requests come and go ----
 
-    def add(self, request: Request) -> list[Sequence]:
-        """Queue the request's n samples. UserError if one of them could outgrow the cache, or the id is in use."""
+    def check(self, request: Request) -> None:
+        """UserError if one of the request's samples could outgrow the cache, or the id is in use."""
         num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
         if request.id in self._groups:
             raise UserError(f'Two requests have the id "{request.id}" at the same time; give each its own.')
@@ -132,6 +132,10 @@ class Scheduler:
                 f'Request "{request.id}" may take {num_prompt + max_tokens} tokens ({num_prompt} of prompt, max_tokens '
                 f"{max_tokens}), but the cache holds {self.blocks.capacity}; raise kv_cache_gib or lower max_tokens."
             )
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue the request's n samples; UserError as `check` says."""
+        self.check(request)
         members = [Sequence(request, sample, next(self._arrivals)) for sample in range(request.params.n)]
         self._groups[request.id] = _Group(members, Counter({Status.WAITING: len(members)}))
         self._num_waiting += len(members)

@@ -5,6 +5,7 @@ from pathlib import Path
 from isheep.artifacts import Journal
 from isheep.config import MeasureConfig
 from isheep.log import Progress
+from isheep.mesh import ALONE, Mesh
 from isheep.model.transformer import Transformer
 from isheep.score import VectorFile, part_of, score_rows
 from isheep.stages import Iteration, Row, kept, read_sealed
@@ -13,7 +14,7 @@ from isheep.text.tokenizer import Tokenizer
 JOIN = ""  # between instruction, input and output of a pair: as the paper ran it
 
 
-def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: MeasureConfig) -> None:
+def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: MeasureConfig, mesh: Mesh = ALONE) -> None:
     """Perplexities and pooled vectors of the pairs that passed the rules, by the model that wrote them.
 
     reads   answers.jsonl
@@ -26,7 +27,7 @@ def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: Measur
     vectors = it.file("vectors.safetensors")
     with it.journal("measures.jsonl", what, {"answers": file}) as journal:
         if not journal.sealed:
-            _measure(it, model, tokenizer, cfg, kept(read_sealed(file)), vectors, journal)
+            _measure(it, model, tokenizer, cfg, mesh, kept(read_sealed(file)), vectors, journal)
     part_of(vectors).unlink(missing_ok=True)
 
 
@@ -35,6 +36,7 @@ def _measure(
     model: Transformer,
     tokenizer: Tokenizer,
     cfg: MeasureConfig,
+    mesh: Mesh,
     rows: list[Row],
     path: Path,
     journal: Journal,
@@ -44,7 +46,7 @@ def _measure(
     vectors = VectorFile(path, model.config.hidden_size, num_done)
     with Progress(f"{it.name} measure", len(rows)) as bar:
         bar.update(num_done)
-        for batch in score_rows(model, tokenizer, rows, JOIN, it.adapter, True, cfg.batch_tokens, num_done):
+        for batch in score_rows(model, tokenizer, rows, JOIN, it.adapter, True, cfg.batch_tokens, num_done, mesh):
             vectors.append(batch.vectors)
             ids = [row["id"] for row in rows[batch.first :]]
             scored = [{"id": row_id, **scores} for row_id, scores in zip(ids, batch.scores)]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from isheep.config import TrainConfig
+from isheep.mesh import ALONE, Mesh
 from isheep.model.lora import Adapter, LoRAConfig, attach
 from isheep.model.transformer import Transformer
 from isheep.stages import Iteration
@@ -25,7 +26,7 @@ def fresh_on_base(model: Transformer, it: Iteration, cfg: TrainConfig) -> Adapte
 
 def train(
     it: Iteration, model: Transformer, tokenizer: Tokenizer, template: Template, start: Start,
-    datasets: Sequence[Path], cfg: TrainConfig,
+    datasets: Sequence[Path], cfg: TrainConfig, mesh: Mesh = ALONE,
 ) -> None:  # fmt: skip
     """Train the adapter that `start` makes on the rows of all `datasets`; it stays on the model under `it.name`.
 
@@ -35,4 +36,4 @@ def train(
     rows = [row for path in datasets for row in json.loads(path.read_bytes())]
     examples, val_examples, _ = prepare(rows, template, tokenizer, cfg, it.seed)
     adapter = start(model, it, cfg)
-    trainer.train(model, adapter, examples, val_examples, cfg, it.folder, it.seed, it.model)
+    trainer.train(model, adapter, examples, val_examples, cfg, it.folder, it.seed, it.model, mesh)

@@ -8,6 +8,7 @@ train_log.jsonl with one row a step, and train_summary.json. The same command go
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from isheep.artifacts import read_rows
 from isheep.cli import Opened, add_model_args, open_model, run_main
@@ -61,7 +62,8 @@ def _train(opened: Opened, rows: list[dict], num_bad: int, cfg: TrainConfig, arg
     else:
         config = LoRAConfig(cfg.r, cfg.alpha, cfg.dropout, cfg.target_modules)
         adapter = attach(opened.model, config, "trained", args.seed)
-    summary = train(opened.model, adapter, train_examples, val_examples, cfg, args.out, args.seed, opened.name)
+    examples = train_examples, val_examples
+    summary = train(opened.model, adapter, *examples, cfg, args.out, args.seed, opened.name, opened.mesh)
     best = f", best validation loss {summary.best_val_loss:.4f}" if summary.best_val_loss is not None else ""
     log.info(
         "%s holds the adapter: %d steps, last loss %.4f%s, %.0f tok/s, peak memory %.2f GiB",
@@ -69,5 +71,12 @@ def _train(opened: Opened, rows: list[dict], num_bad: int, cfg: TrainConfig, arg
     )
 
 
+def follow(*args: Any, **call: Any) -> None:
+    """A follower's part; torch is imported here, not with this module."""
+    from isheep.train.trainer import follow
+
+    follow(*args, **call)
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, {"train": follow})

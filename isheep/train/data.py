@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isheep.config import TrainConfig, UserError
+from isheep.mesh import Mesh
 from isheep.model.batch import PackedBatch
 from isheep.model.ops import IGNORE
 from isheep.text.templates import Template
@@ -36,11 +37,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: `micro_batches` hold indices of examples, each small enough for one forward."""
+    """One optimizer step over the examples with the indices `rows`."""
 
     number: int  # from 1
     epoch: float  # passes over the data made when this step is done
-    micro_batches: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+
+
+EMPTY = Example((0,), 1)  # a token that no loss counts, for a rank that has no row while others gather weights
 
 
 def prepare(
@@ -115,10 +119,29 @@ def plan(lengths: Sequence[int], cfg: TrainConfig, seed: int) -> list[Step]:
         if place == 0:
             order = random.Random(f"epoch {epoch} {seed}").sample(items, len(items))
         first, last = place * cfg.batch_size, min((place + 1) * cfg.batch_size, len(items))
-        rows = [i for item in order[first:last] for i in item]
-        micro_batches = cut(rows, lengths, cfg.micro_batch_tokens)
-        steps.append(Step(n + 1, round(epoch + last / len(items), 4), micro_batches))
+        rows = tuple(i for item in order[first:last] for i in item)
+        steps.append(Step(n + 1, round(epoch + last / len(items), 4), rows))
     return steps
+
+
+def micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int, mesh: Mesh) -> list[tuple[int, ...]]:
+    """The rows of each forward of this rank. All ranks have equally many, so some may be empty."""
+    shares = [cut(share, lengths, max_tokens) for share in divide(rows, lengths, mesh.size)]
+    own = shares[mesh.rank]
+    return [*own, *[()] * (max(map(len, shares)) - len(own))]
+
+
+def divide(rows: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Every rank's rows, about equally many tokens: the longest first, each to the rank that has the least."""
+    if size == 1:
+        return [list(rows)]
+    shares: list[list[int]] = [[] for _ in range(size)]
+    load = [0] * size
+    for i in sorted(rows, key=lambda i: -lengths[i]):
+        rank = load.index(min(load))
+        shares[rank].append(i)
+        load[rank] += lengths[i]
+    return shares
 
 
 def cut(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> tuple[tuple[int, ...], ...]:

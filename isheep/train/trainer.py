@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from isheep.cli import Opened
 from isheep.config import TrainConfig, UserError
 from isheep.log import Progress, log
-from isheep.model import ops
-from isheep.model.lora import Adapter, adapter_tensors, fill_adapter, save_adapter
+from isheep.mesh import ALONE, Mesh
+from isheep.model.lora import Adapter, LoRAConfig, adapter_tensors, attach, fill_adapter, save_adapter
+from isheep.model.parallel import share_adapter
 from isheep.model.transformer import Transformer
 from isheep.train import data
 from isheep.train.checkpoint import Checkpoint, State, TrainLog, fingerprint
@@ -55,8 +57,11 @@ def train(
     out: Path,
     seed: int,
     base_model: str,
+    mesh: Mesh = ALONE,
 ) -> TrainSummary:
-    """Train `adapter` in place; it ends as the one with the lowest validation loss, or the last one without rows.
+    """Train `adapter` in place, on all ranks of the mesh.
+
+    It ends as the one with the lowest validation loss, or the last one where there are no validation rows.
 
     writes  out/adapter/ (PEFT's format), out/train_log.jsonl (one row a step, the same bytes however often the run was
             stopped), out/train_summary.json (the seal); out/checkpoint.safetensors while it is not finished
@@ -71,15 +76,31 @@ def train(
     if sealed is not None:
         log.info("%s is trained already: %d steps", out, sealed["num_steps"])
         fill_adapter(adapter, load_file(out / "adapter" / "adapter_model.safetensors"))
+        share_adapter(adapter, mesh)
         return TrainSummary(**sealed)
-    trainer = Trainer(model, adapter, train_examples, val_examples, cfg, seed)
+    examples = {"train_examples": train_examples, "val_examples": val_examples}
+    mesh.command("train", name=adapter.name, config=adapter.config, **examples, cfg=cfg, seed=seed)
+    trainer = Trainer(model, adapter, train_examples, val_examples, cfg, seed, mesh)
     _run(trainer, checkpoint, out)
     if trainer.state.best:
         fill_adapter(adapter, trainer.state.best)
+    share_adapter(adapter, mesh)
     save_adapter(adapter, out / "adapter", base_model)
     summary = trainer.summary()
     checkpoint.seal(asdict(summary))
     return summary
+
+
+def follow(opened: Opened, mesh: Mesh, name: str, config: LoRAConfig, **what: Any) -> None:
+    """A follower's part in a training: every step that the leader makes; `what` goes to its `Trainer`."""
+    adapter = opened.model.adapters.get(name) or attach(opened.model, config, name)
+    trainer = Trainer(opened.model, adapter, **what, mesh=mesh)
+    trainer.align()
+    with trainer.training():
+        for step in trainer.steps[trainer.state.step :]:
+            trainer.step(step)
+            if trainer.is_evaluated(step):
+                trainer.evaluate()
 
 
 def _check(model: Transformer, examples: Sequence[Example]) -> None:
@@ -103,6 +124,7 @@ def _run(trainer: "Trainer", checkpoint: Checkpoint, out: Path) -> None:
     elif total <= cfg.warmup_steps:
         most = learning_rate(total, total, cfg)
         log.warning("%d warm-up steps but only %d steps: the learning rate ends at %.1e", cfg.warmup_steps, total, most)
+    trainer.align()
     state = trainer.state
     with closing(TrainLog(out / "train_log.jsonl", state.log_len)) as train_log, trainer.training():
         if before is None:  # now, so that a start with other settings is seen before the first regular one
@@ -113,13 +135,12 @@ def _run(trainer: "Trainer", checkpoint: Checkpoint, out: Path) -> None:
                 started = time.perf_counter()
                 row = trainer.step(step)
                 state.step_time_s += time.perf_counter() - started
-                last = step.number == total
-                evaluate = bool(trainer.val_examples) and (last or step.number % cfg.eval_steps == 0)
-                if evaluate:
+                evaluated = trainer.is_evaluated(step)
+                if evaluated:
                     row["val_loss"] = trainer.evaluate()
                 train_log.write(row)
                 state.time_s += time.perf_counter() - started
-                if last or evaluate or step.number % cfg.checkpoint_steps == 0:
+                if step.number == total or evaluated or step.number % cfg.checkpoint_steps == 0:
                     state.log_len = train_log.sync()
                     checkpoint.save(trainer.adapter, trainer.optimizer, state)
                 speed = f"{state.num_tokens / state.step_time_s:.0f} tok/s"
@@ -137,15 +158,30 @@ class Trainer:
         val_examples: Sequence[Example],
         cfg: TrainConfig,
         seed: int,
+        mesh: Mesh = ALONE,
     ) -> None:
-        self.model, self.adapter, self.cfg, self.seed = model, adapter, cfg, seed
+        self.model, self.adapter, self.cfg, self.seed, self.mesh = model, adapter, cfg, seed, mesh
         self.train_examples, self.val_examples = train_examples, val_examples
         self.parameters = list(adapter.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True
         )
-        self.steps = data.plan([len(example.input_ids) for example in train_examples], cfg, seed)
+        self.lengths = [len(example.input_ids) for example in train_examples]
+        self.steps = data.plan(self.lengths, cfg, seed)
         self.state = State()
+
+    def align(self) -> None:
+        """Start all ranks from the leader's adapter, optimizer and step."""
+        mine = self.state.step, adapter_tensors(self.adapter), self.optimizer.state_dict()
+        step, tensors, optimizer = self.mesh.share(mine)
+        if not self.mesh.leads:
+            fill_adapter(self.adapter, tensors)
+            self.optimizer.load_state_dict(optimizer)
+            self.state.step = step
+
+    def is_evaluated(self, step: Step) -> bool:
+        """Whether the validation loss is taken after this step."""
+        return bool(self.val_examples) and (step.number == len(self.steps) or step.number % self.cfg.eval_steps == 0)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -161,17 +197,20 @@ class Trainer:
 
     def step(self, step: Step) -> dict[str, Any]:
         """One optimizer step -> its row of the log. The loss is the mean over all counted tokens of the step."""
-        examples = [[self.train_examples[i] for i in rows] for rows in step.micro_batches]
-        num_loss_tokens = sum(example.num_loss_tokens for part in examples for example in part)
+        examples = [self.train_examples[i] for i in step.rows]
+        num_loss_tokens = sum(example.num_loss_tokens for example in examples)
         lr = learning_rate(step.number, len(self.steps), self.cfg)
-        loss = 0.0
-        for rows, part in zip(step.micro_batches, examples, strict=True):
+        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        for rows in data.micro_batches(step.rows, self.lengths, self.cfg.micro_batch_tokens, self.mesh):
+            part = [self.train_examples[i] for i in rows] or [data.EMPTY]
             if self.adapter.config.dropout:
-                tokens = data.token_names(rows, part, self.model.device)
+                tokens = data.token_names(rows or [0], part, self.model.device)
                 self.adapter.set_dropout(dropout_key(self.seed, step.number), tokens)
             part_loss = self._nll(part) / num_loss_tokens
             part_loss.backward()
-            loss += part_loss.item()
+            total += part_loss.detach()
+        self.mesh.sum_([total, *(p.grad for p in self.parameters if p.grad is not None)])
+        loss = total.item()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
@@ -185,7 +224,7 @@ class Trainer:
         # the fused step does not count as a write, but casts and cached keys of the old tensors are stale now
         torch.autograd.graph.increment_version(self.parameters)
         self.optimizer.zero_grad()
-        num_tokens = sum(len(example.input_ids) for part in examples for example in part)
+        num_tokens = sum(len(example.input_ids) for example in examples)
         self.state.step, self.state.loss = step.number, loss
         self.state.num_tokens += num_tokens
         self.state.num_loss_tokens += num_loss_tokens
@@ -197,9 +236,11 @@ class Trainer:
         """Mean loss over the counted tokens of the validation rows; keeps the adapter if it is the best so far."""
         self.adapter.clear_dropout()
         lengths = [len(example.input_ids) for example in self.val_examples]
-        parts = data.cut(range(len(lengths)), lengths, self.cfg.micro_batch_tokens)
-        total = sum(self._nll([self.val_examples[i] for i in rows]).item() for rows in parts)
-        loss = total / sum(example.num_loss_tokens for example in self.val_examples)
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for rows in data.micro_batches(range(len(lengths)), lengths, self.cfg.micro_batch_tokens, self.mesh):
+            total += self._nll([self.val_examples[i] for i in rows] or [data.EMPTY])
+        self.mesh.sum_([total])
+        loss = total.item() / sum(example.num_loss_tokens for example in self.val_examples)
         if self.state.best_val_loss is None or loss < self.state.best_val_loss:
             self.state.best_val_loss, self.state.best_step = loss, self.state.step
             self.state.best = {key: tensor.clone() for key, tensor in adapter_tensors(self.adapter).items()}
@@ -209,15 +250,13 @@ class Trainer:
         """Summed negative log-likelihood of the counted tokens, fp32. Only their rows meet the head."""
         batch, targets = data.pack(examples, self.model.device, self.adapter.name)
         hidden = self.model(batch)
-        nll = ops.linear_cross_entropy(hidden, self.model.head_weight, targets, self.cfg.loss_chunk_tokens)
-        return nll.sum()
+        return self.model.nll(hidden, targets, self.cfg.loss_chunk_tokens).sum()
 
     def summary(self) -> TrainSummary:
         state = self.state
         assert state.loss is not None, "no step was made"
-        lengths = [len(example.input_ids) for example in self.train_examples]
         pack_tokens = self.cfg.pack_tokens
-        num_items = len(data.make_items(lengths, pack_tokens))
+        num_items = len(data.make_items(self.lengths, pack_tokens))
         return TrainSummary(
             num_rows=len(self.train_examples),
             num_val_rows=len(self.val_examples),
@@ -227,7 +266,7 @@ class Trainer:
             final_loss=state.loss,
             best_val_loss=state.best_val_loss,
             best_step=state.best_step,
-            fill=round(sum(lengths) / (num_items * pack_tokens), 4) if pack_tokens else None,
+            fill=round(sum(self.lengths) / (num_items * pack_tokens), 4) if pack_tokens else None,
             time_s=round(state.time_s, 3),
             tok_per_s=round(state.num_tokens / state.step_time_s, 1),
             peak_gib=round(_peak_gib(self.model.device), 3),

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from isheep.config import SamplerConfig
-from isheep.model import ops
 from isheep.model.batch import PackedBatch
 from isheep.model.lora import LoRAConfig, attach
 from isheep.sampler.engine import Sampler
@@ -36,7 +35,7 @@ def test_logits_and_gradients(name):
         batch = PackedBatch.pack(SEQUENCES, model.device, adapter="a")
         hidden = model(batch)
         targets = batch.input_ids.roll(-1)
-        ops.linear_cross_entropy(hidden, model.head_weight, targets, 16).mean().backward()
+        model.nll(hidden, targets, 16).mean().backward()
         gradients = [p.grad.cpu() for p in model.adapters["a"].parameters()]
         found.append([model.logits(hidden).detach().cpu(), *gradients])
     for cpu, gpu in zip(*found, strict=True):

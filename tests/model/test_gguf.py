@@ -134,7 +134,7 @@ def test_the_output_is_a_proper_safetensors_file(tmp_path):
 @pytest.mark.parametrize("stored", [False, True], ids=["left out", "stored twice"])
 def test_a_tied_head(stored, tmp_path):
     model = tiny_model(tie_word_embeddings=True, **SHAPE)
-    twice = [("output.weight", model.head_weight.detach().numpy())] if stored else []
+    twice = [("output.weight", model.head.weight.detach().numpy())] if stored else []
     folder = import_gguf(write_gguf(tmp_path / "m.gguf", model, extra=twice), tmp_path)
     assert load_model(folder, torch.float32, "cpu").config.tie_word_embeddings
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")

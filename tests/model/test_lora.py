@@ -32,7 +32,7 @@ def nll(model, sequences, adapter):
     """Summed over the tokens after the first of each sequence."""
     batch = PackedBatch.pack(sequences, "cpu", adapter)
     targets = torch.tensor([t for s in sequences for t in [*s[1:], ops.IGNORE]])
-    return ops.linear_cross_entropy(model(batch), model.head_weight, targets, 16).sum()
+    return model.nll(model(batch), targets, 16).sum()
 
 
 def gradients(model, adapter, sequences=SEQUENCES):

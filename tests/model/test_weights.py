@@ -92,7 +92,7 @@ def test_a_tied_head_may_be_stored_too(tmp_path):
     write_checkpoint(tiny_model("qwen2_gqa_tied"), tmp_path, "qwen2_gqa_tied")
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(320, 48)}))
     model = load_model(tmp_path, torch.float32, "cpu")
-    assert model.head_weight is model.model.embed_tokens.weight
+    assert model.head.weight is model.model.embed_tokens.weight
 
 
 def test_tensors_without_a_place_are_named_in_a_warning(folder, caplog, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from isheep.config import TrainConfig, UserError
+from isheep.mesh import ALONE, Mesh
 from isheep.model.ops import IGNORE
 from isheep.text.templates import template
 from isheep.text.tokenizer import Tokenizer, load_tokenizer
@@ -106,12 +107,15 @@ def test_each_epoch_visits_every_row_once_in_its_own_order() -> None:
     cfg = TrainConfig(batch_size=8, epochs=2, micro_batch_tokens=512, cutoff=256)
     steps = data.plan(lengths, cfg, seed=5)
     assert [step.number for step in steps] == list(range(1, 15))
-    epochs = [[i for step in steps[a:b] for part in step.micro_batches for i in part] for a, b in ((0, 7), (7, 14))]
+    epochs = [[i for step in steps[a:b] for i in step.rows] for a, b in ((0, 7), (7, 14))]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
     assert epochs[0] != epochs[1]
     assert [steps[0].epoch, steps[6].epoch, steps[13].epoch] == [0.16, 1.0, 2.0]
     assert steps == data.plan(lengths, cfg, seed=5) != data.plan(lengths, cfg, seed=6)
-    assert all(sum(lengths[i] for i in part) <= 512 for step in steps for part in step.micro_batches)
+    for step in steps:
+        parts = data.micro_batches(step.rows, lengths, 512, ALONE)
+        assert all(sum(lengths[i] for i in part) <= 512 for part in parts)
+        assert [i for part in parts for i in part] == list(step.rows)
 
 
 def test_a_broken_number_of_epochs_is_rounded_up_to_steps() -> None:
@@ -123,9 +127,17 @@ def test_packed_items_make_the_steps() -> None:
     lengths = [30, 30, 30, 10, 10, 10]
     cfg = TrainConfig(cutoff=40, pack_tokens=40, batch_size=2, epochs=1, micro_batch_tokens=64)
     steps = data.plan(lengths, cfg, seed=0)
-    rows = [sorted(i for part in step.micro_batches for i in part) for step in steps]
-    assert [sum(lengths[i] for i in each) for each in rows] == [80, 40]  # items of 40, two a step
-    assert all(sum(lengths[i] for i in part) <= 64 for step in steps for part in step.micro_batches)
+    assert [sum(lengths[i] for i in step.rows) for step in steps] == [80, 40]  # items of 40, two a step
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 40])
+def test_the_ranks_of_a_mesh_share_the_rows(num_rows: int) -> None:
+    lengths = realistic_lengths(num_rows, 256, seed=2)
+    parts = [data.micro_batches(range(num_rows), lengths, 512, Mesh(2, 2, rank)) for rank in range(4)]
+    assert len({len(part) for part in parts}) == 1, "every rank makes as many passes"
+    assert sorted(i for part in parts for rows in part for i in rows) == list(range(num_rows))
+    load = [sum(lengths[i] for rows in part for i in rows) for part in parts]
+    assert max(load) - min(load) <= max(lengths, default=0)
 
 
 def test_rows_are_never_cut_into_micro_batches() -> None:

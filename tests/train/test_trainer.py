@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isheep.config import TrainConfig, UserError
+from isheep.mesh import ALONE
 from isheep.model.batch import PackedBatch
 from isheep.model.lora import Adapter, LoRAConfig, adapter_tensors, attach, load_adapter, save_adapter
 from isheep.model.transformer import Transformer
+from isheep.train import data
 from isheep.train.data import Example
 from isheep.train.trainer import Trainer, learning_rate, train
 from tests.tiny import tiny_model, transformers_twin
@@ -41,6 +43,10 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"r": 4, "epochs": 1.0, "val_share": 0.0, **defaults, **changes})
 
 
+def micro_batches(trainer: Trainer, step: data.Step) -> list[tuple[int, ...]]:
+    return data.micro_batches(step.rows, trainer.lengths, trainer.cfg.micro_batch_tokens, ALONE)
+
+
 def peft_losses(
     twin: torch.nn.Module, folder: Path, rows: Sequence[Example], trainer: Trainer
 ) -> tuple[list[float], torch.nn.Module]:
@@ -55,7 +61,7 @@ def peft_losses(
     schedule = get_cosine_schedule_with_warmup(optimizer, cfg.warmup_steps, len(steps))
     losses = []
     for step in steps:
-        chosen = [[rows[i] for i in part] for part in step.micro_batches]
+        chosen = [[rows[i] for i in part] for part in micro_batches(trainer, step)]
         counted = sum(row.num_loss_tokens for part in chosen for row in part)
         total = 0.0
         for part in chosen:
@@ -85,7 +91,7 @@ def test_twenty_steps_equal_peft(tmp_path: Path, pack_tokens: int | None) -> Non
     cfg = settings(epochs=2.0, max_grad_norm=0.5, cutoff=40, pack_tokens=pack_tokens, eval_steps=5)
     trainer = Trainer(model, adapter, rows, [], cfg, seed=2)
     assert len(trainer.steps) >= 20
-    assert max(len(step.micro_batches) for step in trainer.steps) > 1  # gradients are accumulated
+    assert max(len(micro_batches(trainer, step)) for step in trainer.steps) > 1  # gradients are accumulated
     summary = train(model, adapter, rows, [], cfg, tmp_path / "out", 2, "tiny")
     log = [json.loads(line) for line in (tmp_path / "out/train_log.jsonl").read_text().splitlines()]
     expected, peer = peft_losses(twin, tmp_path / "start", rows, trainer)
@@ -249,7 +255,7 @@ def test_no_tensor_of_all_logits_is_ever_made(checkpointing: bool) -> None:
     rows = examples(24, longest=60)
     cfg = settings(batch_size=24, micro_batch_tokens=2048, loss_chunk_tokens=16, gradient_checkpointing=checkpointing)
     trainer = Trainer(model, adapter, rows, rows, cfg, seed=0)
-    (part,) = trainer.steps[0].micro_batches
+    (part,) = micro_batches(trainer, trainer.steps[0])
     assert sum(rows[i].num_loss_tokens for i in part) > 200
     weight_rows = model.config.hidden_size  # the embedding and its transpose have the vocabulary as a dimension too
     with trainer.training(), Shapes(1999) as shapes:
