@@ -46,7 +46,7 @@ class Opened:
 
 
 # Name -> a follower's part in what its leader starts: called with what is open, the mesh, and the call's arguments.
-Roles = Mapping[str, Callable[..., None]]
+Parts = Mapping[str, Callable[..., None]]
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
@@ -208,15 +208,15 @@ def _template(name: str | None, preset: ModelPreset | None, tokenizer: "Tokenize
     return template(name)
 
 
-def run_main(main: Callable[[], int | None], roles: Roles | None = None) -> NoReturn:
+def run_main(main: Callable[[], int | None], parts: Callable[[], Parts] = dict) -> NoReturn:
     """Run a command and end the process: 0 or main's own code; 2 for a user's mistake; 130 for Ctrl-C.
 
-    On a mesh the leader runs `main` and the others what it tells them, `roles` among it. A user's mistake, a full disk
-    and too little memory end in one sentence on stderr; a bug in its traceback.
+    On a mesh the leader runs `main` and the others what it tells them, `parts()` among it. A user's mistake, a full
+    disk and too little memory end in one sentence on stderr; a bug in its traceback.
     """
     log.setup(quiet=ranks.is_follower())
     try:
-        sys.exit((_follow(roles or {}) if ranks.is_follower() else _lead(main)) or 0)
+        sys.exit((_follow(parts()) if ranks.is_follower() else _lead(main)) or 0)
     except KeyboardInterrupt as error:
         _fail_with_the_others(error, None)
         print("stopped; the same command resumes", file=sys.stderr)
@@ -245,7 +245,7 @@ def _lead(main: Callable[[], int | None]) -> int | None:
     return code
 
 
-def _follow(roles: Roles) -> int:
+def _follow(parts: Parts) -> int:
     """Be one of the followers, until the leader says the end."""
     from isheep.mesh import Mesh
 
@@ -253,14 +253,14 @@ def _follow(roles: Roles) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     _add_rank_args(parser)
     _mesh = Mesh.join(parser.parse_known_args()[0].rank_timeout)
-    obey(_mesh, roles)
+    obey(_mesh, parts)
     ranks.shutdown()
     return 0
 
 
-def obey(mesh: "Mesh", roles: Roles) -> None:
+def obey(mesh: "Mesh", parts: Parts) -> None:
     """A follower's loop: its part in whatever the leader commands."""
-    parts: Roles = {"adapter": _take_adapter, **roles}
+    parts = {"adapter": _take_adapter, **parts}
     opened: Opened | None = None
     while (call := mesh.share())[0] != "end":
         name, payload = call

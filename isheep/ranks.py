@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TIMEOUT_S = 60.0  # how long a rank may be silent, or awaited by the others
 LOADING_S = 1800.0  # the same, while weights are read
 USER_MISTAKE, STOPPED = 2, 130
+RUN_ID = "isheep"  # by which a rank knows who started it
 SHUTDOWN_S = 10  # from SIGTERM to SIGKILL, when the launcher is stopped
 LOST_PEER = ("gloo", "NCCL", "closed by peer", "reset by peer", "Broken pipe", "Timed out waiting")
 
@@ -41,6 +42,11 @@ def world_size() -> int:
 def local_world_size() -> int:
     """How many of the ranks are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def launched_here() -> bool:
+    """Whether `launch` started this rank, and not the user with torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
 
 
 def is_follower() -> bool:
@@ -75,7 +81,7 @@ def launch(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
-        run_id="isheep",
+        run_id=RUN_ID,
         rdzv_backend="static",
         rdzv_endpoint=f"127.0.0.1:{server.port}",
         rdzv_configs={"rank": 0, "timeout": 900},

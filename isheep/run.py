@@ -9,6 +9,7 @@ config.toml and env.json before the first token. Stopped at any moment, the same
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,8 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from isheep import ranks
 from isheep.artifacts import write_atomic
-from isheep.cli import Opened, add_model_args, open_named, run_main
+from isheep.cli import Opened, Parts, add_model_args, assemble, open_named, pick_device, run_main
 from isheep.config import RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
 from isheep.log import log
 from isheep.text.seeds import load_seeds
@@ -49,7 +51,8 @@ def main() -> None:
     cfg = against_folder(resolve(args))
     seeds = Path(cfg.seeds) if cfg.seeds else data_path("seeds", "seed_tasks.jsonl")
     load_seeds(seeds)  # now, so that a mistake in the file does not wait for the model
-    opened = open_named(cfg.model, cfg.dtype, cfg.device, template=cfg.template)
+    mesh = assemble(*mesh_shape(cfg, args), cfg.device, args.rank_timeout, Path(cfg.out))
+    opened = open_named(cfg.model, cfg.dtype, cfg.device, template=cfg.template, mesh=mesh)
     cfg = replace(cfg, template=opened.template.name)
     env = environment(opened)
     write_atomic(Path(cfg.out) / "config.toml", to_toml(cfg))
@@ -57,6 +60,32 @@ def main() -> None:
     for line in plan(cfg, opened, seeds, env):
         log.info(line)
     _iterate(cfg, opened, seeds, env)
+
+
+def mesh_shape(cfg: RunConfig, args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """(shard, replicate): what is given or, on GPUs, what their memory asks for, with the arithmetic in the log.
+
+    Raises UserError where the run cannot fit, with what would.
+    """
+    import torch
+
+    from isheep.model.config import ModelConfig
+    from isheep.model.weights import read_config
+    from isheep.model.weights import resolve as folder_of
+    from isheep.plan import choose
+
+    if pick_device(cfg.device).type != "cuda":
+        return args.shard, args.replicate
+    preset = model_preset(cfg.model)
+    config = ModelConfig.from_dict(preset.architecture if preset else read_config(folder_of(cfg.model)))
+    alone = re.fullmatch(r"cuda:\d+", cfg.device) is not None
+    num_gpus = ranks.world_size() if ranks.world_size() > 1 else 1 if alone else torch.cuda.device_count()
+    memory = torch.cuda.get_device_properties(0).total_memory
+    chosen = choose(config, cfg, num_gpus, memory, args.shard, args.replicate)
+    if not ranks.launched_here():  # else the process that started the ranks has said it
+        for line in chosen.lines():
+            log.info(line)
+    return chosen.shard, chosen.replicate
 
 
 def _iterate(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> None:
@@ -178,5 +207,13 @@ def plan(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> li
     ]
 
 
+def parts() -> Parts:
+    from isheep import score
+    from isheep.sampler import team
+    from isheep.train import trainer
+
+    return {"sample": team.follow, "score": score.follow, "train": trainer.follow}
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parts)

@@ -256,4 +256,4 @@ def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int,
 
 
 if __name__ == "__main__":
-    run_main(main, {"score": follow})
+    run_main(main, lambda: {"score": follow})

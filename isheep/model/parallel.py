@@ -155,9 +155,9 @@ class VocabShard:
 
     def gather(self, x: Tensor) -> Tensor:
         """[ranks, *x.shape]; x has the same shape on all ranks."""
-        found = x.new_empty(self.shard * x.numel())
-        dist.all_gather_into_tensor(found, x.reshape(-1), group=self.group)
-        return found.view(self.shard, *x.shape)
+        found = x.new_empty(self.shard, *x.shape)
+        dist.all_gather(list(found), x.contiguous(), group=self.group)
+        return found
 
 
 class VocabParallelTable(TokenTable):

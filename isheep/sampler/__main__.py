@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from isheep.artifacts import canonical_json, read_rows, write_atomic, writes_to
-from isheep.cli import Opened, add_model_args, open_model, run_main
+from isheep.cli import Opened, Parts, add_model_args, open_model, run_main
 from isheep.config import SamplerConfig, UserError, did_you_mean, diff, load_config
 from isheep.log import Progress, log
 from isheep.sampler.request import Request, SamplingParams
@@ -165,12 +165,11 @@ def _generate(requests: list[Request], opened: Opened, cfg: SamplerConfig, args:
     sampler.close()
 
 
-def follow(*args: Any, **call: Any) -> None:
-    """A follower's part; torch is imported here, not with this module."""
-    from isheep.sampler.team import follow
+def parts() -> Parts:
+    from isheep.sampler import team
 
-    follow(*args, **call)
+    return {"sample": team.follow}
 
 
 if __name__ == "__main__":
-    run_main(main, {"sample": follow})
+    run_main(main, parts)

@@ -8,10 +8,9 @@ train_log.jsonl with one row a step, and train_summary.json. The same command go
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from isheep.artifacts import read_rows
-from isheep.cli import Opened, add_model_args, open_model, run_main
+from isheep.cli import Opened, Parts, add_model_args, open_model, run_main
 from isheep.config import RunConfig, TrainConfig, UserError, load_config
 from isheep.log import log
 
@@ -71,12 +70,11 @@ def _train(opened: Opened, rows: list[dict], num_bad: int, cfg: TrainConfig, arg
     )
 
 
-def follow(*args: Any, **call: Any) -> None:
-    """A follower's part; torch is imported here, not with this module."""
-    from isheep.train.trainer import follow
+def parts() -> Parts:
+    from isheep.train import trainer
 
-    follow(*args, **call)
+    return {"train": trainer.follow}
 
 
 if __name__ == "__main__":
-    run_main(main, {"train": follow})
+    run_main(main, parts)

@@ -27,7 +27,7 @@ from tests.sampler.test_engine import make_requests
 from tests.tiny import tiny_model, write_checkpoint
 from tests.train.test_trainer import examples
 
-ROLES = {"sample": team.follow, "score": score.follow, "train": trainer.follow}
+PARTS = {"sample": team.follow, "score": score.follow, "train": trainer.follow}
 LENS = (1, 5, 33, 20)
 # what a mesh can meet: heads, key/value heads, inner units and tokens that divide by the ranks, or do not
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -147,7 +147,7 @@ TRAIN = TrainConfig(r=4, epochs=1.0, val_share=0.0, learning_rate=1e-2, warmup_s
 def circle(mesh: Mesh, folder: Path, out: Path, rows: list[Example], val_rows: list[Example]) -> dict[str, Any]:
     """What the leader got; the followers' weights are where they were."""
     if not mesh.leads:
-        obey(mesh, ROLES)
+        obey(mesh, PARTS)
         return {}
     opened = open_named(str(folder), "float32", "cpu", template="raw", mesh=mesh)
     model, tokenizer = opened.model, opened.tokenizer
