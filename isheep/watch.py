@@ -75,9 +75,12 @@ class Watch:
         self._absent: tuple[float, int, dict[int, Beat]] | None = None  # when, in which collective, all beats
         self._stop, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._guard = threading.Thread(target=self._watch_store, name="guard", daemon=True)
+        self._ending = threading.Lock()
 
     def start(self) -> None:
         self._thread.start()
+        self._guard.start()
 
     @property
     def stage(self) -> str:
@@ -234,20 +237,26 @@ class Watch:
         took = f"for {self._limit(beat):g} s in stage {beat.stage or self.stage}"
         self.say(f"error: rank {beat.rank} on {beat.host} {what} {took} ({why}); {RESUMES}", FAILED, beat)
 
+    def _watch_store(self) -> None:
+        """Store calls know no time limit: where its process is stopped, or its machine gone, the beats stand still."""
+        count, still_s = 0, 0.0
+        while not self._stop.wait(self._period):
+            count, still_s = self._count, still_s + self._period if count == self._count else 0.0
+            if still_s > self._limit(self._own_beat()):
+                self._lose_store()
+
     def _lose_store(self) -> None:
         """The process that holds the store is gone or stopped: one rank on each machine says so."""
-        if self._stop.wait(GRACE_S):  # the launcher that ended it ends this process too
-            return
+        if self._stop.wait(GRACE_S) or not self._ending.acquire(blocking=False):
+            return  # this is the end already, or its launcher's
         held_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         if os.environ.get("LOCAL_RANK", "0") == "0" or (held_by_rank_0 and self.rank == 1):
+            lost = "rank 0" if held_by_rank_0 else "its launcher"
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            holder = "rank 0" if held_by_rank_0 else "its launcher"
-            print(
-                f"error: rank {self.rank} on {self.host} lost {holder} ({where}) in stage {self.stage}; {RESUMES}",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(FAILED)
+            sentence = f"error: rank {self.rank} on {self.host} lost {lost} ({where}) in stage {self.stage}; {RESUMES}"
+            print(sentence, file=sys.stderr, flush=True)
+        driver = self._driver()
+        self._end({"code": FAILED, "pid": driver.pid, "machine": driver.machine if held_by_rank_0 else None})
 
 
 def _machine() -> str:

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from isheep import ranks
+from isheep.watch import RESUMES
 
 ROOT = Path(__file__).parents[1]
 HOST = platform.node()
@@ -69,6 +71,9 @@ class Command:
         return self.process.returncode, err.splitlines()
 
 
+Start = Callable[..., Command]
+
+
 def alive(pid: int) -> bool:
     """A zombie that waits for init is not."""
     try:
@@ -78,16 +83,23 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Iterator[Command]:
-    this = Command(tmp_path, "normal")
-    yield this
-    for rank in range(this.nproc):  # only after a failed test is there anything to end
-        pid = tmp_path / f"pid{rank}"
-        if pid.exists() and alive(int(pid.read_text())):
-            os.kill(int(pid.read_text()), signal.SIGKILL)
-    if this.process.poll() is None:
-        this.process.kill()
-    this.process.communicate()
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a command in a folder of its own; some tests start two, whose waits then overlap."""
+    started: list[Command] = []
+
+    def start(mode: str, **settings: Any) -> Command:
+        folder = tmp_path / str(len(started))
+        folder.mkdir()
+        started.append(Command(folder, mode, **settings))
+        return started[-1].start()
+
+    yield start
+    for command in started:  # only a failed test leaves anything to end
+        for rank in range(command.nproc):
+            if (command.folder / f"pid{rank}").exists() and alive(command.pid(rank)):
+                os.kill(command.pid(rank), signal.SIGKILL)
+        command.process.kill()
+        command.process.communicate()
 
 
 def one_sentence(lines: list[str], *words: str) -> None:
@@ -96,76 +108,73 @@ def one_sentence(lines: list[str], *words: str) -> None:
         assert word in lines[0], lines[0]
 
 
-def test_a_slow_run_ends_well(command: Command) -> None:
+def test_a_slow_run_ends_well(start: Start) -> None:
     """A follower that loads, and a driver that is busy, for longer than the time limit of collectives."""
-    command.mode = "slow"
-    command.start().ready().signal(1, signal.SIGSTOP)
+    command = start("slow", timeout_s=2.0).ready().signal(1, signal.SIGSTOP)
     time.sleep(command.timeout_s + 1)
     command.signal(1, signal.SIGCONT)
     assert command.end() == (0, [])
     assert command.out == "done\n"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank(command: Command, rank: int) -> None:
-    command.mode, command.timeout_s = "endless", 20.0
-    code, lines = command.start().ready().signal(rank, signal.SIGKILL).end()
+def test_a_killed_rank(start: Start) -> None:
+    commands = [start("endless", timeout_s=20.0) for _ in range(2)]
+    for rank, command in enumerate(commands):
+        command.ready().signal(rank, signal.SIGKILL)
+    for rank, command in enumerate(commands):
+        code, lines = command.end()
+        assert code == 3
+        one_sentence(lines, f"rank {rank} on {HOST}", "SIGKILL", "out-of-memory", "answer of iteration 2", RESUMES)
+        assert command.ended - command.signalled < 15
+
+
+def test_a_stopped_rank(start: Start) -> None:
+    """The driver at work, and a follower while loading, where the limit is longer."""
+    driver, follower = start("endless"), start("loading", timeout_s=2.0, loading_s=4.0)
+    follower.ready().signal(1, signal.SIGSTOP)
+    driver.ready().signal(0, signal.SIGSTOP)
+    for command, rank, limit_s, stage in ((driver, 0, 3, "answer"), (follower, 1, 4, "loading")):
+        code, lines = command.end()
+        assert code == 3
+        one_sentence(lines, f"rank {rank} on {HOST} gave no sign of life for {limit_s} s in stage {stage}", RESUMES)
+        assert limit_s < command.ended - command.signalled < 20
+
+
+def test_a_hung_main_thread(start: Start) -> None:
+    code, lines = start("hang", nproc=3).end()
     assert code == 3
-    one_sentence(lines, f"rank {rank} on {HOST}", "SIGKILL", "out-of-memory", "answer of iteration 2", "resumes")
-    assert command.ended - command.signalled < 15
+    one_sentence(lines, f"rank 1 on {HOST} let the other ranks wait for 3 s in stage answer", "hangs", RESUMES)
 
 
-def test_a_stopped_driver(command: Command) -> None:
-    command.mode = "endless"
-    code, lines = command.start().ready().signal(0, signal.SIGSTOP).end()
-    assert code == 3
-    one_sentence(lines, f"rank 0 on {HOST}", "no sign of life for 3 s", "stage answer", "resumes")
-    assert 3 < command.ended - command.signalled < 20
-
-
-def test_a_follower_stopped_while_loading(command: Command) -> None:
-    command.mode, command.timeout_s, command.loading_s = "loading", 2.0, 4.0
-    code, lines = command.start().ready().signal(1, signal.SIGSTOP).end()
-    assert code == 3
-    one_sentence(lines, f"rank 1 on {HOST}", "no sign of life for 4 s", "stage loading", "resumes")
-    assert 4 < command.ended - command.signalled < 20
-
-
-def test_a_hung_main_thread(command: Command) -> None:
-    command.mode, command.nproc = "hang", 3
-    code, lines = command.start().end()
-    assert code == 3
-    one_sentence(lines, f"rank 1 on {HOST}", "hangs", "stage answer", "resumes")
-
-
-def test_too_little_memory(command: Command) -> None:
-    command.mode = "memory"
-    code, lines = command.start().end()
+def test_too_little_memory(start: Start) -> None:
+    code, lines = start("memory").end()
     assert code == 3
     one_sentence(lines, f"rank 1 on {HOST}", "ran out of memory", "stage answer", "take a smaller model.")
 
 
 @pytest.mark.parametrize(("mode", "sentence"), [("early mistake", "no such model."), ("mistake", "no such file.")])
-def test_a_users_mistake_is_said_once(command: Command, mode: str, sentence: str) -> None:
-    command.mode = mode
-    assert command.start().end() == (2, [f"error: {sentence}"])
+def test_a_users_mistake_is_said_once(start: Start, mode: str, sentence: str) -> None:
+    assert start(mode).end() == (2, [f"error: {sentence}"])
 
 
-def test_ctrl_c(command: Command) -> None:
-    command.mode, command.timeout_s = "endless", 20.0
-    command.start().ready().process.send_signal(signal.SIGINT)
+def test_ctrl_c(start: Start) -> None:
+    command = start("endless", timeout_s=20.0).ready()
+    command.process.send_signal(signal.SIGINT)
     assert command.end() == (130, ["stopped; the same command resumes"])
 
 
-def test_ranks_whose_launcher_was_killed(command: Command) -> None:
-    command.mode = "endless"
-    command.start().ready().process.kill()
-    _, err = command.process.communicate(timeout=SLOW_S)
-    one_sentence(err.splitlines(), f"rank 0 on {HOST} lost its launcher", "stage answer", "resumes")
-    until = time.monotonic() + SLOW_S
-    while any(alive(command.pid(rank)) for rank in range(2)):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+def test_ranks_whose_launcher_is_killed_or_stopped(start: Start) -> None:
+    commands = start("endless"), start("endless")
+    for command, number in zip(commands, (signal.SIGKILL, signal.SIGSTOP)):
+        command.ready().process.send_signal(number)
+    for command in commands:
+        until = time.monotonic() + SLOW_S
+        while any(alive(command.pid(rank)) for rank in range(2)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        command.process.send_signal(signal.SIGCONT)
+        _, lines = command.end()
+        one_sentence(lines, f"rank 0 on {HOST} lost its launcher", "stage answer", RESUMES)
 
 
 def test_the_stage_is_the_last_that_started(tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_a_bug_keeps_its_traceback() -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 3
     assert ended.stderr.startswith("KeyError: 'x'\n")  # it was never raised, so no "Traceback" above it
-    one_sentence(ended.stderr.splitlines()[1:], f"error: rank 0 on {HOST}", "KeyError", "resumes")
+    one_sentence(ended.stderr.splitlines()[1:], f"error: rank 0 on {HOST}", "KeyError", RESUMES)
 
 
 def test_help_does_not_wait_for_torch() -> None:
