@@ -7,14 +7,16 @@ rank `init` joins the others and sets the watch. Rank 0 drives; the others follo
 
 import atexit
 import json
+import logging
 import os
 import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from isheep.watch import FAILED, GRACE_S, LOADING, RESUMES, Watch, verdict
 
@@ -66,8 +68,6 @@ def launch(
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's own name may not resolve
     _quiet()
-    import logging
-
     from torch.distributed import PrefixStore, TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -134,18 +134,13 @@ def _signal_name(number: int) -> str:
 
 
 def _stage(out: Path | None, since: float) -> str:
-    """The stage that the run in `out` has started and not finished, after the time `since`."""
-    try:
-        lines = (out / "events.jsonl").read_text().splitlines() if out else []
-        events: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        return LOADING
+    """The stage that the run in `out` has last started, after the time `since`."""
     stage = LOADING
-    for event in (event for event in events if event["time_s"] >= since - 1):
-        if event["event"] == "stage started":
-            stage = f"{event['stage']} of iteration {event['iteration']}"
-        elif event["event"] == "stage finished":
-            stage = f"after {event['stage']} of iteration {event['iteration']}"
+    with suppress(OSError, ValueError):  # a kill may have torn the last line
+        for line in (out / "events.jsonl").read_text().splitlines() if out else []:
+            event = json.loads(line)
+            if event["event"] == "stage started" and event["time_s"] >= since - 1:
+                stage = f"{event['stage']} of iteration {event['iteration']}"
     return stage
 
 
@@ -263,7 +258,8 @@ def _quiet() -> None:
 
 
 def _unwind(*_: object) -> NoReturn:
-    """SIGTERM in rank 0: the stage's end still goes to the events."""
+    """SIGTERM in rank 0: the stage's end still goes to the events. A second one ends it at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.exit(128 + signal.SIGTERM)
 
 

@@ -61,7 +61,7 @@ class Watch:
 
     def __init__(self, store: "Store", rank: int, world_size: int, timeout_s: float, loading_s: float) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self.host = platform.node()
+        self.host, self._machine = platform.node(), _machine()
         self._store = store
         self._period = min(2.0, max(0.05, timeout_s / 20))
         self._stage: str | None = LOADING
@@ -153,7 +153,7 @@ class Watch:
     def _end(self, end: dict[str, Any]) -> NoReturn:
         """End this process, and on its machine the culprit: one that is stopped ignores all but SIGKILL."""
         time.sleep(2 * self._period)  # ranks elsewhere read the verdict before its store goes
-        if end["machine"] == _machine() and end["pid"] != os.getpid():
+        if end["machine"] == self._machine and end["pid"] != os.getpid():
             with suppress(OSError):
                 os.kill(end["pid"], signal.SIGKILL)
         os._exit(end["code"])  # destroying communicators whose peers are gone may hang
@@ -178,7 +178,7 @@ class Watch:
 
     def _own_beat(self) -> Beat:
         now = (self._count, self._stage, self._limit_s, self._where, self._progress)
-        return Beat(self.rank, self.host, _machine(), os.getpid(), *now)
+        return Beat(self.rank, self.host, self._machine, os.getpid(), *now)
 
     def _write_beat(self) -> None:
         self._count += 1

@@ -185,6 +185,9 @@ def test_the_stage_is_the_last_that_started(tmp_path: Path) -> None:
     assert ranks._stage(None, 0.0) == ranks._stage(tmp_path, 0.0) == "loading"
     write(("stage started", 5.0, "instruct"), ("stage finished", 7.0, "instruct"), ("stage started", 8.0, "answer"))
     assert ranks._stage(tmp_path, 4.0) == "answer of iteration 1"
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"event": "stage st')  # torn by the kill
+    assert ranks._stage(tmp_path, 4.0) == "answer of iteration 1"
     assert ranks._stage(tmp_path, 100.0) == "loading"  # those of the run before
 
 
