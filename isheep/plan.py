@@ -143,8 +143,9 @@ class Sizes:
         return math.prod(shape)
 
     def _whole(self, prefix: str) -> int:
-        """Elements of all parameters under a prefix that are cut over the ranks, gathered."""
-        return sum(math.prod(self.shapes[name]) for name in self.dims if name.startswith(prefix))
+        """Elements of all parameters under a prefix that are cut over the ranks, gathered: as many from each rank, so
+        that a last, shorter part comes filled up."""
+        return sum(self.shard * self.held(name) for name in self.dims if name.startswith(prefix))
 
     @functools.cached_property
     def adapter_params(self) -> int:
@@ -198,7 +199,7 @@ class Sizes:
         b, n, p = self.itemsize, self.cfg.iterations, self.adapter_params
         assert n is not None, "not resolved"
         local, cut = sum(map(self.held, self.shapes)), self._whole("")
-        whole = sum(map(math.prod, self.shapes.values())) - cut
+        whole = sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.dims)
         how = f"{local:,} parameters × {b} B"
         yield Term("weights", local * b, f"{how}: {cut:,} / {self.shard} + {whole:,} whole" if cut else how)
         yield Term("adapters", n * p * 4, f"{n} × {p:,} × 4 B: one an iteration, whole on each GPU")
@@ -316,7 +317,8 @@ class Sizes:
 
     def training_traffic(self, num_micro_batches: int) -> list[Collective]:
         """One optimizer step of `num_micro_batches` a rank. A layer is gathered for forward and again for backward, the
-        embedding and the head once each (the loss makes its gradient in forward); the adapter's gradient is summed."""
+        embedding and the head once each (the loss makes its gradient in forward); the adapter's gradient is summed, the
+        loss with it."""
         layers, b = self.config.num_hidden_layers, self.itemsize
         gathers = (
             ("layers", 2 * layers, self._whole("model.layers.0.")),
@@ -328,7 +330,8 @@ class Sizes:
             if size
         ]
         ranks = self.shard * self.replicate
-        return found + [Collective("all-reduce", "LoRA gradient", 1, self.adapter_params * 4, ranks)] * (ranks > 1)
+        gradient = Collective("all-reduce", "LoRA gradient", 1, (self.adapter_params + 1) * 4, ranks)
+        return found + [gradient] * (ranks > 1)
 
     @property
     def num_micro_batches(self) -> int:
