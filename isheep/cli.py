@@ -122,7 +122,9 @@ def _open(name: str, dtype: str, device: str, template: str | None, mesh: "Mesh"
     preset = model_preset(name)
     tokenizer = load_tokenizer(resolve(name))
     chosen = _template(template, preset, tokenizer)
-    return Opened(load_model(name, getattr(torch, dtype), where, mesh), tokenizer, chosen, preset, name, mesh)
+    weights = load_model(name, getattr(torch, dtype), where, mesh)
+    mesh.barrier()  # until all are here, the watch is as patient as loading needs
+    return Opened(weights, tokenizer, chosen, preset, name, mesh)
 
 
 def assemble(

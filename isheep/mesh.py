@@ -5,7 +5,7 @@ command and take their part in it. rank = replica · shard + shard_rank, so that
 twice a layer, are neighbours on one machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from isheep import ranks
@@ -78,17 +78,21 @@ class Mesh:
         """Add up tensors of one type over all ranks, in place, in one collective."""
         if self.size > 1:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            with self._meeting():
+            with self.together():
                 dist.all_reduce(flat)
             for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.least(0)
 
     def least(self, value: int) -> int:
         """The smallest of all ranks' numbers."""
         if self.size == 1:
             return value
         number = torch.tensor(value, dtype=torch.int64)
-        with self._meeting():
+        with self.together():
             dist.all_reduce(number, dist.ReduceOp.MIN, group=self.control)
         return int(number)
 
@@ -105,7 +109,7 @@ class Mesh:
         """The leader's object, on every rank. What the others pass does not matter."""
         box = [value]
         if self.size > 1:
-            with self._meeting(awaits_leader=not self.leads):
+            with self.watch.idle() if self.watch and not self.leads else self.together():
                 dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
@@ -121,15 +125,20 @@ class Mesh:
         if size == 1:
             return [value] if self.leads else []
         found: list[Any] | None = [None] * size if self.leads else None
-        with self._meeting():
+        with self.together():
             dist.gather_object(value, found, dst=0, group=group)
         return found or []
 
-    def _meeting(self, awaits_leader: bool = False) -> AbstractContextManager[None]:
-        """Tell the watch that this rank waits for others; for a command of the leader it may wait for hours."""
-        if self.watch is None:
-            return nullcontext()
-        return self.watch.idle() if awaits_leader else self.watch.collective()
+    def together(self) -> AbstractContextManager[None]:
+        """Around what ranks do in step: the watch ends a run in which one of them does not get on."""
+        return self.watch.collective() if self.watch else nullcontext()
+
+    def watch_layers(self, layers: Iterable[nn.Module]) -> None:
+        """Tell the watch of each layer that is begun: a pass may take as long as it likes, a layer not."""
+        if self.watch is not None:
+            watch = self.watch
+            for layer in layers:
+                layer.register_forward_pre_hook(lambda *_: watch.progress(), prepend=True)
 
 
 ALONE = Mesh()

@@ -84,7 +84,7 @@ def _score_together(
     try:
         for at in range(0, len(batches), mesh.size):
             group = mesh.share(batches[at : at + mesh.size])
-            yield from mesh.collect(_score(model, _own(group, mesh), adapter, vectors))[: len(group)]
+            yield from mesh.collect(_score_own(model, group, adapter, vectors, mesh))[: len(group)]
     finally:
         mesh.share(None)
 
@@ -92,12 +92,15 @@ def _score_together(
 def follow(opened: Opened, mesh: Mesh, adapter: str | None, vectors: bool) -> None:
     """A follower's part in `_score_together`."""
     while (group := mesh.share()) is not None:
-        mesh.collect(_score(opened.model, _own(group, mesh), adapter, vectors))
+        mesh.collect(_score_own(opened.model, group, adapter, vectors, mesh))
 
 
-def _own(group: Sequence[Batch], mesh: Mesh) -> Batch:
+def _score_own(
+    model: Transformer, group: Sequence[Batch], adapter: str | None, vectors: bool, mesh: Mesh
+) -> tuple[list[dict[str, Any]], Tensor]:
     """This rank's batch. One that has none takes a token, for the gathering of weights is everybody's."""
-    return group[mesh.rank] if mesh.rank < len(group) else [([0], [])]
+    with mesh.together():
+        return _score(model, group[mesh.rank] if mesh.rank < len(group) else [([0], [])], adapter, vectors)
 
 
 def _batches(num_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:

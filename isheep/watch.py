@@ -92,8 +92,9 @@ class Watch:
         self._wake.set()  # the others should know soon
 
     def progress(self) -> None:
-        """The main thread has come to its next collective. `collective` calls it."""
+        """The main thread has come one step further, within a collective too. `collective` calls it."""
         self._progress += 1
+        self._since = self._clock
 
     @contextmanager
     def collective(self) -> Iterator[None]:

@@ -131,6 +131,7 @@ def shard_for_training(model: Transformer, mesh: Mesh) -> None:
         apply(table).set_unshard_in_backward(False)  # frozen, and `nll` makes its gradient in forward
     register_fsdp_forward_method(model.head, "nll")
     apply(model)
+    mesh.watch_layers(model.model.layers)
 
 
 # ---- sampling: each rank with its own part --------------------------------------------------------------------------
@@ -195,6 +196,7 @@ def sampling_view(model: Transformer, mesh: Mesh) -> Transformer:
             own = _serve(local(parameter), name, tuple(parameter.shape), model.config, mesh)
             setattr(view.get_submodule(path), leaf, nn.Parameter(own, requires_grad=False))
     _sum_partial_outputs(view, model.config, mesh)
+    mesh.watch_layers(view.model.layers)
     for name, adapter in model.adapters.items():
         view.adapters[name] = _serve_adapter(adapter, view, model, mesh)
     view.vocab = shared

@@ -109,7 +109,8 @@ class Team:
         done: list[Completion] = []
         for _ in range(STEPS):
             if self.sampler.has_work:
-                done += self.sampler.step()
+                with self.mesh.together():
+                    done += self.sampler.step()
         parts = self.mesh.collect_replicas((done, self.sampler.stats))
         if parts:
             self.stats = Stats.together([stats for _, stats in parts])

@@ -200,17 +200,8 @@ class Trainer:
         examples = [self.train_examples[i] for i in step.rows]
         num_loss_tokens = sum(example.num_loss_tokens for example in examples)
         lr = learning_rate(step.number, len(self.steps), self.cfg)
-        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
-        for rows in data.micro_batches(step.rows, self.lengths, self.cfg.micro_batch_tokens, self.mesh):
-            part = [self.train_examples[i] for i in rows] or [data.EMPTY]
-            if self.adapter.config.dropout:
-                tokens = data.token_names(rows or [0], part, self.model.device)
-                self.adapter.set_dropout(dropout_key(self.seed, step.number), tokens)
-            part_loss = self._nll(part) / num_loss_tokens
-            part_loss.backward()
-            total += part_loss.detach()
-        self.mesh.sum_([total, *(p.grad for p in self.parameters if p.grad is not None)])
-        loss = total.item()
+        with self.mesh.together():
+            loss = self._backward(step, num_loss_tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
@@ -231,15 +222,30 @@ class Trainer:
         row = {"step": step.number, "epoch": step.epoch, "loss": loss, "learning_rate": lr, "grad_norm": norm}
         return {**row, "num_tokens": num_tokens, "num_loss_tokens": num_loss_tokens}
 
+    def _backward(self, step: Step, num_loss_tokens: int) -> float:
+        """Leave the gradients of the step's mean loss, summed over the ranks, in the adapter -> that loss."""
+        total = torch.zeros((), dtype=torch.float32, device=self.model.device)
+        for rows in data.micro_batches(step.rows, self.lengths, self.cfg.micro_batch_tokens, self.mesh):
+            part = [self.train_examples[i] for i in rows] or [data.EMPTY]
+            if self.adapter.config.dropout:
+                tokens = data.token_names(rows or [0], part, self.model.device)
+                self.adapter.set_dropout(dropout_key(self.seed, step.number), tokens)
+            part_loss = self._nll(part) / num_loss_tokens
+            part_loss.backward()
+            total += part_loss.detach()
+        self.mesh.sum_([total, *(p.grad for p in self.parameters if p.grad is not None)])
+        return total.item()
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over the counted tokens of the validation rows; keeps the adapter if it is the best so far."""
         self.adapter.clear_dropout()
         lengths = [len(example.input_ids) for example in self.val_examples]
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        for rows in data.micro_batches(range(len(lengths)), lengths, self.cfg.micro_batch_tokens, self.mesh):
-            total += self._nll([self.val_examples[i] for i in rows] or [data.EMPTY])
-        self.mesh.sum_([total])
+        with self.mesh.together():
+            for rows in data.micro_batches(range(len(lengths)), lengths, self.cfg.micro_batch_tokens, self.mesh):
+                total += self._nll([self.val_examples[i] for i in rows] or [data.EMPTY])
+            self.mesh.sum_([total])
         loss = total.item() / sum(example.num_loss_tokens for example in self.val_examples)
         if self.state.best_val_loss is None or loss < self.state.best_val_loss:
             self.state.best_val_loss, self.state.best_step = loss, self.state.step
