@@ -76,9 +76,8 @@ def _add_rank_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank-timeout", type=float, default=ranks.TIMEOUT_S, metavar="SECONDS", help=seconds)
 
 
-def open_model(args: argparse.Namespace, template: str | None = None) -> Opened:
-    """Load what `add_model_args`'s flags choose, on as many ranks as they say; `template` overrules the model's own."""
-    mesh = assemble(args.shard, args.replicate, args.device, args.rank_timeout)
+def open_model(args: argparse.Namespace, mesh: "Mesh", template: str | None = None) -> Opened:
+    """Load what `add_model_args`'s flags choose, on the ranks of `mesh`; `template` overrules the model's own."""
     return open_named(args.model, args.dtype, args.device, args.adapter, template, mesh)
 
 
@@ -132,10 +131,14 @@ def assemble(
 ) -> "Mesh":
     """The mesh of replicate × shard ranks; both open: the ranks that torchrun started, in one replica.
 
-    Where the ranks are not there yet, this process starts them with its own command line, waits, and ends as they do.
-    `out` is the run folder, whose events say where a rank died. UserError where the numbers do not agree.
+    Where the ranks are not there yet, this process starts them with its own command line, waits, and ends as they do:
+    call it when the flags are checked, before a file is written. `out` is the run folder, whose events say where a rank
+    died. UserError where the numbers do not agree.
     """
     global _mesh
+    for flag, value in (("--shard", shard), ("--replicate", replicate)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} must be at least 1, not {value}.")
     world = ranks.world_size()
     shard = shard or max(1, world // (replicate or 1))
     replicate = replicate or max(1, world // shard)

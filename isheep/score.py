@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from isheep.artifacts import Journal, read_rows, write_atomic, writes_to
-from isheep.cli import Opened, add_model_args, named_folder, open_model, run_main
+from isheep.cli import Opened, add_model_args, assemble, named_folder, open_model, run_main
 from isheep.config import MeasureConfig, RunConfig, UserError, load_config
 from isheep.log import Progress, log
 from isheep.mesh import ALONE, Mesh
@@ -229,25 +229,27 @@ def main() -> None:
     inputs = {"data": args.data}
     if args.adapter:
         inputs["adapter"] = named_folder(args.adapter[0])[1] / "adapter_model.safetensors"
+    mesh = assemble(args.shard, args.replicate, args.device, args.rank_timeout)
     with Journal(args.out, settings, inputs) as journal:
         if journal.sealed:
             log.info("%s is complete already", args.out)
         else:
-            _score_file(usable, journal, cfg.batch_tokens, args)
+            _score_file(usable, journal, cfg.batch_tokens, args, mesh)
     if args.vectors:
         part_of(args.vectors).unlink(missing_ok=True)
 
 
-def _score_file(rows: list[dict[str, Any]], journal: Journal, batch_tokens: int, args: argparse.Namespace) -> None:
-    opened = open_model(args)
+def _score_file(
+    rows: list[dict[str, Any]], journal: Journal, batch_tokens: int, args: argparse.Namespace, mesh: Mesh
+) -> None:
+    opened = open_model(args, mesh)
     adapter = next(iter(opened.adapters), None)
     num_done = sum(len(done) for done in journal.done.values())
     vectors = VectorFile(args.vectors, opened.model.config.hidden_size, num_done) if args.vectors else None
     options = {"join": args.join, "adapter": adapter, "vectors": vectors is not None, "batch_tokens": batch_tokens}
-    options["mesh"] = opened.mesh
     with Progress("scoring", len(rows)) as bar:
         bar.update(num_done)
-        for batch in score_rows(opened.model, opened.tokenizer, rows, skip=num_done, **options):
+        for batch in score_rows(opened.model, opened.tokenizer, rows, skip=num_done, mesh=mesh, **options):
             if vectors is not None:
                 vectors.append(batch.vectors)
             scored = [{**rows[batch.first + i], **scores} for i, scores in enumerate(batch.scores)]

@@ -137,3 +137,20 @@ def await_stage(process: subprocess.Popen[str], out: Path, stage: str) -> None:
             return
         time.sleep(0.002)
     raise AssertionError(f"{stage} was never begun: {process.stderr.read() if process.stderr else ''}")
+
+
+@pytest.mark.parametrize(("module", "mesh"), [("sampler", "--replicate"), ("score", "--shard"), ("train", "--shard")])
+def test_every_command_takes_the_flags(given: Path, tmp_path: Path, module: str, mesh: str) -> None:  # noqa: F811
+    rows = [{"id": str(i), "instruction": f"Say {i}.", "input": "", "output": "amber " * i} for i in range(1, 8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"sampler": ["--prompts", "rows.jsonl", "--max-tokens", "9"], "score": ["--data", "rows.jsonl"],
+             "train": ["--data", "rows.jsonl", "--set", "epochs=1", "--set", "val_share=0"]}[module]  # fmt: skip
+    line = [sys.executable, "-m", f"isheep.{module}", "--model", str(given / "parrot"), "--dtype", "float32", *flags]
+    found = []
+    for out, more in (("alone", []), ("two", [mesh, "2"])):
+        done = subprocess.run([*line, "--out", out, *more], env=ENV, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        file = tmp_path / out / "train_log.jsonl" if module == "train" else tmp_path / out
+        found.append(sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row.get("id", "")))
+    for row, other in zip(*found, strict=True):
+        assert_same_row(row, other)

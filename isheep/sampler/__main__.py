@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from isheep.artifacts import canonical_json, read_rows, write_atomic, writes_to
-from isheep.cli import Opened, Parts, add_model_args, open_model, run_main
+from isheep.cli import Opened, Parts, add_model_args, assemble, open_model, run_main
 from isheep.config import SamplerConfig, UserError, did_you_mean, diff, load_config
 from isheep.log import Progress, log
 from isheep.sampler.request import Request, SamplingParams
@@ -57,6 +57,7 @@ def main() -> None:
     defaults = {name: getattr(args, name) for name in PARAMS if name != "seed"}
     to_params(defaults)  # a bad flag is told before anything is read
     rows, num_bad = read_rows(args.prompts)
+    mesh = assemble(args.shard, args.replicate, args.device, args.rank_timeout)
     done = _resume(
         args.out,
         {
@@ -68,7 +69,7 @@ def main() -> None:
             **defaults,
         },
     )
-    opened = open_model(args, args.template)
+    opened = open_model(args, mesh, args.template)
     requests: list[Request] = []
     for i, row in enumerate(rows):
         try:

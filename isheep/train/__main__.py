@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from isheep.artifacts import read_rows
-from isheep.cli import Opened, Parts, add_model_args, open_model, run_main
+from isheep.cli import Opened, Parts, add_model_args, assemble, open_model, run_main
 from isheep.config import RunConfig, TrainConfig, UserError, load_config
 from isheep.log import log
 
@@ -33,7 +33,8 @@ def main() -> None:
     if len(args.adapter) > 1:
         raise UserError(f"--adapter is given {len(args.adapter)} times: training goes on from one adapter at most.")
     rows, num_bad = read_rows(args.data)
-    opened = open_model(args, args.template)
+    mesh = assemble(args.shard, args.replicate, args.device, args.rank_timeout, args.out)
+    opened = open_model(args, mesh, args.template)
     _train(opened, rows, num_bad, cfg, args)
 
 
