@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_train.cpp", "lanes.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
@@ -96,5 +97,6 @@ def kernel(name: str, dtype: torch.dtype):
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these kernels can take `x`: on the CPU, fp32 or bf16, and compiled."""
-    return x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
+    """Whether these kernels can take `x`: on the CPU, fp32 or bf16, with bytes of its own, and compiled."""
+    plain = type(x) in (Tensor, Parameter)  # another kind of tensor, such as a fake one, need not have an address
+    return plain and x.device.type == "cpu" and x.dtype in SUFFIX and library() is not None
