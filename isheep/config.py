@@ -21,7 +21,8 @@ from isheep.loading import (  # noqa: F401  diff, settings and to_toml are offer
 )
 
 DTYPES = ("bfloat16", "float32", "float16")
-SETTINGS = ("one_base",)
+SETTINGS = ("one_base", "one_last", "total_base", "direct")
+DIRECT = {"iterations": 1, "instruct": {"data_size": 20_000}}  # what the setting direct is, where nothing else is said
 ASSESS_PROMPTS = ("combined",)
 ASSESS_LEVELS = ("both",)
 SELECT_METHODS = ("threshold", "ppl")

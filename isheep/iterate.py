@@ -16,7 +16,7 @@ from isheep.stages.instruct import instruct
 from isheep.stages.measure import measure
 from isheep.stages.select import select
 from isheep.stages.show import show
-from isheep.stages.train import Start, fresh_on_base, train
+from isheep.stages.train import Start, fresh_on_base, stacked_on_last, train
 from isheep.summary import write_summary
 
 
@@ -30,8 +30,16 @@ def last(it: Iteration) -> list[Path]:
     return [it.file("dataset.json")]
 
 
+def so_far(it: Iteration) -> list[Path]:
+    """D_1 … D_t, the data of all iterations."""
+    return [it.folder.parent / f"iter{t}" / "dataset.json" for t in range(1, it.number + 1)]
+
+
 SETTINGS = {
     "one_base": Setting(trained=fresh_on_base, on=last),  # the paper's default
+    "one_last": Setting(trained=stacked_on_last, on=last),
+    "total_base": Setting(trained=fresh_on_base, on=so_far),
+    "direct": Setting(trained=fresh_on_base, on=last),  # all data at once: one iteration of 20,000
 }
 
 

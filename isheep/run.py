@@ -20,7 +20,7 @@ from typing import Any
 from isheep import ranks
 from isheep.artifacts import write_atomic
 from isheep.cli import Opened, Parts, add_model_args, assemble, open_named, pick_device, run_main
-from isheep.config import RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
+from isheep.config import DIRECT, RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
 from isheep.log import log
 from isheep.text.seeds import load_seeds
 
@@ -104,6 +104,12 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     default = {"out": f"runs/{Path(args.model).name}"}
     cfg = load_config(RunConfig, default, *args.config, flags, overrides=args.set)
+    if cfg.setting == "direct":
+        cfg = load_config(RunConfig, default, DIRECT, *args.config, flags, overrides=args.set)
+        if cfg.iterations != 1:
+            raise UserError(f'setting = "direct" is one iteration on all data, not {cfg.iterations}: leave it at 1.')
+    if cfg.setting == "one_last" and cfg.train.weight_decay > 0:
+        raise UserError('setting = "one_last" keeps what was trained before: train.weight_decay must be 0.')
     if cfg.select.method == "ppl" and not cfg.measure.enabled:
         raise UserError('select.method = "ppl" needs perplexities: set measure.enabled = true.')
     if cfg.iterations is None:

@@ -103,6 +103,32 @@ def test_one_base_starts_each_training_from_the_base_model(make: Callable[..., S
     )
 
 
+def num_trained(folder: Path) -> int:
+    summary = json.loads((folder / "train_summary.json").read_bytes())
+    return summary["num_rows"] + summary["num_val_rows"]
+
+
+def test_one_last_trains_on_top_of_the_last_adapter_and_leaves_it_as_it_is(make: Callable[..., Session]) -> None:
+    run = make(setting="one_last")
+    iterate(run)
+    first, second = (run.model.adapters[name] for name in ("iter1", "iter2"))
+    assert (first.config.r, second.config.r) == (2, 4)
+    for path, pair in second.pairs.items():
+        assert torch.equal(pair.lora_A[:2], first.pairs[path].lora_A)
+        assert torch.equal(pair.lora_B[:, :2], first.pairs[path].lora_B)
+    assert any(pair.lora_B[:, 2:].abs().max() > 0 for pair in second.pairs.values())
+    assert json.loads((run.out / "iter2/adapter/adapter_config.json").read_bytes())["r"] == 4
+    assert num_trained(run.out / "iter2") == len(json.loads((run.out / "iter2/dataset.json").read_bytes()))
+
+
+def test_total_base_trains_on_the_data_of_all_iterations(make: Callable[..., Session]) -> None:
+    run = make(setting="total_base")
+    iterate(run)
+    sizes = [len(json.loads((run.out / f"iter{t}/dataset.json").read_bytes())) for t in (1, 2)]
+    assert [num_trained(run.out / f"iter{t}") for t in (1, 2)] == [sizes[0], sum(sizes)]
+    assert {run.model.adapters[name].config.r for name in ("iter1", "iter2")} == {2}
+
+
 def test_a_finished_run_does_nothing_and_more_iterations_prolong_it(
     make: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +136,7 @@ def test_a_finished_run_does_nothing_and_more_iterations_prolong_it(
     first = make(iterations=1)
     before = digests(first.out)
     with monkeypatch.context() as patch:
-        patch.setattr(session, "Sampler", None)  # nothing may be sampled
+        patch.setattr(session, "start_sampler", None)  # nothing may be sampled
         iterate(first)
     assert digests(first.out) == before
     longer = make(iterations=2)

@@ -159,6 +159,7 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--setting", "one_bass"], "one_base"),
         (["--set", "select.method=pll"], "ppl"),
         (["--set", "select.method=ppl", "--set", "measure.enabled=false"], "needs perplexities"),
+        (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),
         (["--seeds", "nowhere.jsonl"], r"cannot read nowhere\.jsonl"),
         (["--config", "nowhere.toml"], r"cannot read the configuration nowhere\.toml"),
         (["--adapter", "x"], "starts from the base model"),
@@ -193,6 +194,17 @@ def test_flags_win_over_configurations_and_set_over_flags(given: Path) -> None:
     flags = ["--config", given / "tiny.toml", "--out", "x", "--seed", 5, "--dtype", "bfloat16", "--set", "seed=6"]
     cfg = run.resolve(run.parser().parse_args(words(given, *flags)))
     assert (cfg.seed, cfg.dtype, cfg.iterations, cfg.instruct.data_size) == (6, "bfloat16", 2, 16)
+
+
+def test_direct_is_one_iteration_on_all_data() -> None:
+    def resolve(*more: str) -> tuple[int | None, int]:
+        cfg = run.resolve(run.parser().parse_args(["--model", "qwen1.5-72b", "--setting", "direct", *more]))
+        return cfg.iterations, cfg.instruct.data_size
+
+    assert resolve() == (1, 20_000)
+    assert resolve("--set", "instruct.data_size=30000") == (1, 30_000)
+    with pytest.raises(UserError, match="one iteration"):
+        resolve("--iterations", "2")
 
 
 @pytest.mark.parametrize(("model", "iterations"), [("qwen1.5-72b", 6), ("qwen1.5-7b", 3), ("some/model", 3)])

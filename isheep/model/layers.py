@@ -36,8 +36,7 @@ class Linear(nn.Module):
         if torch.is_grad_enabled() and segments:
             ((pair, start, end),) = segments  # training sees all its tokens through the one adapter it trains
             assert (start, end) == (0, len(x))
-            args = (pair.lora_A, pair.lora_B, pair.scaling, pair.dropout)
-            return ops.lora_linear_train(x, self.weight, self.bias, *args)  # type: ignore[arg-type]
+            return pair.train_linear(x, self.weight, self.bias)  # type: ignore[operator]
         y = ops.linear(x, self.weight, self.bias, self.packed)
         for pair, start, end in segments:
             a, b = pair.cast(x.dtype)  # type: ignore[operator]

@@ -7,7 +7,7 @@ sampling and scoring read the same fp32 tensors, and switching costs nothing. Fi
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isheep.artifacts import write_atomic
 from isheep.config import UserError
+from isheep.model import ops
 from isheep.model.layers import Linear
 from isheep.model.ops import Dropout
 from isheep.model.transformer import Transformer
@@ -26,12 +27,16 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Paper §6: r 8, alpha 16, dropout 0.05, on every linear layer but lm_head. Targets are the last part of a name."""
+    """Paper §6: r 8, alpha 16, dropout 0.05, on every linear layer but lm_head. Targets are the last part of a name.
+
+    The first `num_frozen` ranks are those of adapters trained before, which training leaves as they are.
+    """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
     target_modules: tuple[str, ...] = ALL_LINEAR
+    num_frozen: int = 0
 
     @property
     def scaling(self) -> float:
@@ -41,10 +46,10 @@ class LoRAConfig:
 class LoRAPair(nn.Module):
     """One layer's lora_A [r, in] and lora_B [out, r], fp32. `dropout` is set while training with one, else None."""
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, scaling: float, num_frozen: int = 0) -> None:
         super().__init__()
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self.scaling = scaling
+        self.scaling, self.num_frozen = scaling, num_frozen
         self.dropout: Dropout | None = None
         self._cast: tuple[object, Tensor, Tensor] | None = None
 
@@ -54,6 +59,19 @@ class LoRAPair(nn.Module):
         if self._cast is None or self._cast[0] != state:
             self._cast = (state, self.lora_A.detach().to(dtype), (self.lora_B.detach() * self.scaling).to(dtype))
         return self._cast[1], self._cast[2]
+
+    def train_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output [T, out] for x [T, in], with gradients for x and for the ranks that are not frozen.
+
+        Frozen ranks see no dropout: they count as merged into the weight.
+        """
+        n = self.num_frozen
+        args = self.lora_A[n:], self.lora_B[:, n:], self.scaling, self.dropout
+        y = ops.lora_linear_train(x, weight, bias, *args)
+        if n:
+            a, b = self.cast(x.dtype)
+            y = y + (x @ a[:n].t()) @ b[:, :n].t()
+        return y
 
     def sliced(self, part: tuple[int, int, int] | None) -> "LoRAPair":
         """The pair of a slice (dim, start, length) of its layer's weight: other views of the same tensors.
@@ -116,8 +134,26 @@ def attach(model: Transformer, config: LoRAConfig, name: str, seed: int = 0) -> 
             bound = 1 / math.sqrt(in_features)  # kaiming_uniform with a = sqrt(5)
             lora_A = torch.empty(config.r, in_features).uniform_(-bound, bound, generator=generator)
             lora_B = torch.zeros(out_features, config.r)
-            linear.lora[name] = pairs[path] = LoRAPair(lora_A.to(device), lora_B.to(device), config.scaling)
+            linear.lora[name] = pairs[path] = LoRAPair(
+                lora_A.to(device), lora_B.to(device), config.scaling, config.num_frozen
+            )
     model.adapters[name] = adapter = Adapter(name, config, pairs)
+    return adapter
+
+
+def attach_onto(model: Transformer, before: str, config: LoRAConfig, name: str, seed: int = 0) -> Adapter:
+    """Put an adapter on the model that is `before` and `config.r` fresh ranks more: a sum of LoRAs is a LoRA.
+
+    Training changes the fresh ranks alone. So adapters are stacked, exactly, where other programs merge them.
+    """
+    below = model.adapters[before]
+    n, r = below.config.r, below.config.r + config.r
+    assert below.config.scaling == config.scaling, "ranks of one adapter share its scaling"
+    adapter = attach(model, replace(config, r=r, alpha=config.scaling * r, num_frozen=n), name, seed)
+    with torch.no_grad():
+        for path, pair in adapter.pairs.items():
+            pair.lora_A[:n] = below.pairs[path].lora_A
+            pair.lora_B[:, :n] = below.pairs[path].lora_B
     return adapter
 
 

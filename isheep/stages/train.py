@@ -6,7 +6,7 @@ from pathlib import Path
 
 from isheep.config import TrainConfig
 from isheep.mesh import ALONE, Mesh
-from isheep.model.lora import Adapter, LoRAConfig, attach
+from isheep.model.lora import Adapter, LoRAConfig, attach, attach_onto
 from isheep.model.transformer import Transformer
 from isheep.stages import Iteration
 from isheep.text.templates import Template
@@ -22,6 +22,14 @@ def fresh_on_base(model: Transformer, it: Iteration, cfg: TrainConfig) -> Adapte
     """A new adapter that changes nothing yet: the base model is trained, whatever was trained before."""
     config = LoRAConfig(cfg.r, cfg.alpha, cfg.dropout, cfg.target_modules)
     return attach(model, config, it.name, it.seed + it.number)
+
+
+def stacked_on_last(model: Transformer, it: Iteration, cfg: TrainConfig) -> Adapter:
+    """The last iteration's adapter with fresh ranks on top: what was trained goes on, and its ranks stay."""
+    if it.adapter is None:
+        return fresh_on_base(model, it, cfg)
+    config = LoRAConfig(cfg.r, cfg.alpha, cfg.dropout, cfg.target_modules)
+    return attach_onto(model, it.adapter, config, it.name, it.seed + it.number)
 
 
 def train(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from isheep.config import UserError
 from isheep.model import ops
 from isheep.model.batch import PackedBatch
-from isheep.model.lora import LoRAConfig, adapter_tensors, attach, detach, load_adapter, save_adapter
+from isheep.model.lora import LoRAConfig, adapter_tensors, attach, attach_onto, detach, load_adapter, save_adapter
 from tests.tiny import tiny_model, transformers_twin
 
 CONFIG = LoRAConfig(r=4, alpha=12, dropout=0.0)
@@ -259,3 +259,33 @@ def edit(folder, **changes):
     path = folder / "adapter_config.json"
     raw = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+
+
+def test_stacked_adapters_equal_merged_ones_in_float64():
+    """Loss, gradients and three AdamW steps on top of an adapter equal those on weights it was merged into."""
+    model, merged = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
+    before = randomised(attach(model, CONFIG, "one", 1))
+    for path, pair in before.pairs.items():
+        weight = merged.get_submodule(path).weight
+        weight.data += CONFIG.scaling * pair.lora_B.double() @ pair.lora_A.double()
+    kept = {path: (pair.lora_A.clone(), pair.lora_B.clone()) for path, pair in before.pairs.items()}
+    stacked, fresh = attach_onto(model, "one", CONFIG, "two", 2), attach(merged, CONFIG, "two", 2)
+    assert (stacked.config.r, stacked.config.scaling) == (2 * CONFIG.r, CONFIG.scaling)
+    for path, pair in fresh.pairs.items():
+        pair.lora_A.data.copy_(stacked.pairs[path].lora_A[CONFIG.r :])
+    optimizers = [torch.optim.AdamW(a.parameters(), lr=1e-2, weight_decay=0.0) for a in (stacked, fresh)]
+    for _ in range(3):
+        losses = [nll(m, SEQUENCES, "two") for m in (model, merged)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for path, pair in stacked.pairs.items():
+        n, twin = CONFIG.r, fresh.pairs[path]
+        assert torch.equal(pair.lora_A[:n], kept[path][0]) and torch.equal(pair.lora_B[:, :n], kept[path][1])
+        assert torch.allclose(pair.lora_A[n:], twin.lora_A, atol=1e-6) and twin.lora_B.abs().max() > 1e-3
+        assert torch.allclose(pair.lora_B[:, n:], twin.lora_B, atol=1e-6)
+    with torch.no_grad():
+        a, b = (m(PackedBatch.pack(SEQUENCES, "cpu", "two")) for m in (model, merged))
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
