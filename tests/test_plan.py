@@ -26,8 +26,9 @@ from isheep.model.batch import PackedBatch
 from isheep.model.config import ModelConfig
 from isheep.model.lora import LoRAConfig, attach
 from isheep.model.parallel import local_config
+from isheep.model.sizes import Sizes, parameter_shapes
 from isheep.model.transformer import KVCache, Transformer
-from isheep.plan import GIB, Plan, Sizes, choose, parameter_shapes
+from isheep.plan import GIB, Plan, choose
 from isheep_kernels.linear_cross_entropy import linear_cross_entropy
 from isheep_kernels.sampling import sample_ref
 from tests.tiny import config_json

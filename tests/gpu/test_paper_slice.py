@@ -10,8 +10,8 @@ from isheep import score
 from isheep.config import RunConfig, SamplerConfig, model_preset
 from isheep.model.config import ModelConfig
 from isheep.model.lora import LoRAConfig, attach
+from isheep.model.sizes import Sizes, parameter_shapes
 from isheep.model.transformer import Transformer
-from isheep.plan import Sizes, parameter_shapes
 from isheep.sampler.engine import Sampler
 from isheep.sampler.request import Request, SamplingParams
 from isheep.text.tokenizer import load_tokenizer

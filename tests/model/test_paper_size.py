@@ -21,8 +21,8 @@ from isheep.model import ops, parallel
 from isheep.model.batch import PackedBatch
 from isheep.model.config import ModelConfig
 from isheep.model.lora import LoRAConfig, attach
+from isheep.model.sizes import Sizes, parameter_shapes
 from isheep.model.transformer import Transformer
-from isheep.plan import Sizes, parameter_shapes
 from tests.model.test_traffic import Calls, formula
 from tests.paging import paged_batch, scattered_blocks
 

@@ -17,8 +17,8 @@ from isheep.mesh import Mesh
 from isheep.model import parallel
 from isheep.model.config import ModelConfig
 from isheep.model.lora import Adapter, LoRAConfig, attach
+from isheep.model.sizes import Collective, Sizes, parameter_shapes
 from isheep.model.transformer import Transformer
-from isheep.plan import Collective, Sizes, parameter_shapes
 from isheep.sampler import vocab_parallel
 from isheep.train.data import Example
 from isheep.train.trainer import Trainer
