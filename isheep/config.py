@@ -23,8 +23,14 @@ from isheep.loading import (  # noqa: F401  diff, settings and to_toml are offer
 DTYPES = ("bfloat16", "float32", "float16")
 SETTINGS = ("one_base", "one_last", "total_base", "direct")
 DIRECT = {"iterations": 1, "instruct": {"data_size": 20_000}}  # what the setting direct is, where nothing else is said
-ASSESS_PROMPTS = ("combined",)
-ASSESS_LEVELS = ("both",)
+ASSESS_PROMPTS = ("simple", "combined", "icl")
+# The scores that a pair is rated for, in the order they are asked, and kept for.
+ASSESS_LEVELS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "quality": ("quality",),
+    "following": ("following",),
+    "both": ("quality", "following"),
+}
 SELECT_METHODS = ("threshold", "ppl")
 # On an instruction or its input, a text-only model cannot serve these words.
 BLACKLIST = (
@@ -65,6 +71,7 @@ class InstructConfig:
     max_words: int = 150
     blacklist: tuple[str, ...] = BLACKLIST
     rouge_threshold: float = 0.7  # strictly above, against the pool: dropped
+    dedup_pool: str = "global"  # the pool: seeds and all that was kept; "call": seeds and the current call, as run
     max_prompts: int | None = None  # None: as many as data_size needs
 
     def __post_init__(self) -> None:
@@ -74,6 +81,7 @@ class InstructConfig:
         _require(self, "min_words", 0 <= self.min_words <= self.max_words, "between 0 and instruct.max_words")
         _require(self, "rouge_threshold", 0 <= self.rouge_threshold <= 1, "between 0 and 1")
         _require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, "at least 1")
+        _choose(self, "dedup_pool", ("global", "call"))
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,16 @@ class AnswerConfig:
 class AssessConfig:
     """Self-assessment (the paper's section on it, and its ablations of prompt and level).
 
-    `assessor`: "current" is the model of this iteration, as published; "base" the base model in each, as run.
+    `prompt`: "simple" and "combined" are two questions with criteria, one for each score; "icl" shows three rated
+    examples and no criteria, and its one score serves as both. `level`: the scores that are asked for and tested;
+    "none" asks nothing, see `SelectConfig`. `assessor`: "current" is the model of this iteration, as published; "base"
+    the base model in each, as run. `score_decoding`: "sampled" with temperature and top_p, or "greedy" without.
     """
 
     prompt: str = "combined"
     level: str = "both"
     assessor: str = "current"
+    score_decoding: str = "sampled"
     temperature: float = 1.0
     top_p: float = 0.95
     max_tokens: int = 1000
@@ -110,8 +122,14 @@ class AssessConfig:
     def __post_init__(self) -> None:
         _require_sampling(self)
         _choose(self, "prompt", ASSESS_PROMPTS)
-        _choose(self, "level", ASSESS_LEVELS)
+        _choose(self, "level", tuple(ASSESS_LEVELS))
         _choose(self, "assessor", ("current", "base"))
+        _choose(self, "score_decoding", ("sampled", "greedy"))
+        if self.prompt == "icl" and self.level in ("quality", "following"):
+            raise UserError(
+                f'assess.level = "{self.level}" needs a score of its own, but assess.prompt = "icl" asks for one that '
+                'serves as both: choose level "both", or the prompt "simple" or "combined".'
+            )
 
 
 @dataclass(frozen=True)
@@ -132,7 +150,12 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Which pairs are trained on: both scores strictly above C = 8, or both perplexities below 50 (filter ablation)."""
+    """Which pairs are trained on: both scores strictly above C = 8, or both perplexities below 50 (filter ablation).
+
+    `threshold` is the paper's C, with its two special values: 0 is no self-assessment, nothing is asked and every pair
+    that passed the rules is kept, as with assess.level "none"; -1 is not even the rules, every answer is kept (of
+    which training leaves out the blank ones).
+    """
 
     method: str = "threshold"
     threshold: float = 8.0
@@ -141,7 +164,19 @@ class SelectConfig:
     def __post_init__(self) -> None:
         _choose(self, "method", SELECT_METHODS)
         _require(self, "threshold", -1 <= self.threshold < 10, "at least -1 and below 10, the highest score")
+        _require(self, "threshold", not -1 < self.threshold < 0,
+                 "-1 (no rule filter), 0 (no self-assessment) or above")  # fmt: skip
         _require(self, "max_ppl", self.max_ppl > 1, "above 1")
+
+    @property
+    def rates(self) -> bool:
+        """Whether scores are tested, so that there is a self-assessment."""
+        return self.method == "threshold" and self.threshold > 0
+
+    @property
+    def pardons(self) -> bool:
+        """Whether pairs are kept that the rules had dropped."""
+        return self.method == "threshold" and self.threshold == -1
 
 
 @dataclass(frozen=True)
@@ -201,6 +236,7 @@ class RunConfig:
     iterations: int | None = None  # None: the model preset's, 3 where there is none
     template: str | None = None  # None: the model preset's, or what the tokenizer's control tokens say
     seeds: str | None = None  # a file of seed tasks; None: the project's own 175
+    paper_joins: bool = False  # instruction and input are joined as run: by "" to answer, " " to rate, "\n" to train
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     instruct: InstructConfig = field(default_factory=InstructConfig)
     answer: AnswerConfig = field(default_factory=AnswerConfig)
@@ -218,6 +254,16 @@ class RunConfig:
         _choose(self, "setting", SETTINGS)
         _require(self, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
                  "auto, cpu, cuda or cuda:N")  # fmt: skip
+        if self.assess.level == "none" and self.select.rates:
+            raise UserError(
+                f'assess.level = "none" leaves select.threshold = {self.select.threshold:g} no score to test: choose '
+                "another level, or set select.threshold = 0."
+            )
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The self-assessed scores that are asked for and tested, in this order; none without self-assessment."""
+        return ASSESS_LEVELS[self.assess.level] if self.select.rates else ()
 
 
 def _dotted(section: object, name: str) -> str:

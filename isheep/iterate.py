@@ -54,7 +54,7 @@ def iterate(run: Session) -> None:
             instruct(it, run.stream, tokenizer, run.seeds, earlier, cfg.instruct)
         with run.stage(it, "answer"):
             answer(it, run.stream, tokenizer, cfg.answer)
-        if cfg.select.method == "threshold":
+        if cfg.scores:
             with run.stage(it, "assess"):
                 assess(it, run.stream, tokenizer, cfg.select.threshold, cfg.assess)
         run.free_cache()
@@ -62,7 +62,7 @@ def iterate(run: Session) -> None:
             with run.stage(it, "measure"):
                 measure(it, model, tokenizer, cfg.measure, run.mesh)
         with run.stage(it, "select"):
-            select(it, cfg.select)
+            select(it, cfg.select, cfg.scores)
         with run.stage(it, "train"):
             train(it, model, tokenizer, run.template, setting.trained, setting.on(it), cfg.train, run.mesh)
         with run.stage(it, "show"):

@@ -196,21 +196,26 @@ def _cpu_name() -> str:
 
 def plan(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> list[str]:
     """The run in a few lines, before it starts."""
-    select = cfg.select
-    passes = (
-        f"both scores above {select.threshold:g}, rated by the {cfg.assess.assessor} model"
-        if select.method == "threshold"
-        else f"both perplexities below {select.max_ppl:g}"
-    )
     return [
         f"{cfg.model}: {env['num_parameters'] / 1e6:,.0f} M parameters in {cfg.dtype} on {env['device_name']}"
         f" ({env['device']}, {env['num_threads']} threads, {env['backend']})",
         f"{cfg.setting}, {cfg.iterations} iterations of {cfg.instruct.data_size:,} instructions from {seeds.name}; "
-        f"kept: {passes}",
+        f"kept: {_kept(cfg)}",
         f"trained: LoRA r {cfg.train.r}, {cfg.train.epochs:g} epochs, learning rate {cfg.train.learning_rate:g}, "
         f"template {opened.template.name}",
         f"results in {cfg.out}; stopped at any moment, the same command goes on",
     ]
+
+
+def _kept(cfg: RunConfig) -> str:
+    """Which pairs the run keeps, in words."""
+    select = cfg.select
+    if cfg.scores:
+        level = "both scores" if len(cfg.scores) > 1 else f"{cfg.scores[0]} scores"
+        return f"{level} above {select.threshold:g}, rated by the {cfg.assess.assessor} model ({cfg.assess.prompt})"
+    if select.method == "threshold":
+        return "every answer, whatever the rules say" if select.pardons else "every pair that passes the rules"
+    return f"both perplexities below {select.max_ppl:g}"
 
 
 def parts() -> Parts:

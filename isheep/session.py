@@ -49,6 +49,7 @@ class Session:
             template=template("raw") if first else self.template,
             adapter=None if first else before.name,
             adapter_folder=None if first else before / "adapter",
+            paper_joins=self.cfg.paper_joins,
         )
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:

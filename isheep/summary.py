@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from isheep.artifacts import read_rows, write_atomic
+from isheep.config import ASSESS_LEVELS
 from isheep.stages import DROPPED, Row, kept, read_sealed
+from isheep.text.prompts import QUESTIONS, questions
 
 
 def instruct_counts(folder: Path) -> dict[str, Any]:
@@ -40,10 +42,12 @@ def answer_counts(folder: Path) -> dict[str, Any]:
 
 def assess_counts(folder: Path) -> dict[str, Any]:
     replies, scores = read_sealed(folder / "replies.jsonl"), read_sealed(folder / "scores.jsonl")
+    made = json.loads((folder / "scores.jsonl.seal").read_bytes())["settings"]
     counts: dict[str, Any] = {}
-    for question in ("quality", "following"):
+    for question in questions(made["prompt"], ASSESS_LEVELS[made["level"]]):
         asked = len([row for row in replies if row["question"] == question])
-        read = [row[f"{question}_score"] for row in scores if row[f"{question}_score"] is not None]
+        column = f"{QUESTIONS[question].scores[0]}_score"
+        read = [row[column] for row in scores if row[column] is not None]
         counts |= {f"asked for {question}": asked, f"no {question} score read": asked - len(read)}
         counts[f"{question} scores"] = " ".join(f"{s}:{n}" for s, n in sorted(Counter(read).items()))
     return counts
@@ -56,7 +60,9 @@ def measure_counts(folder: Path) -> dict[str, Any]:
 
 def select_counts(folder: Path) -> dict[str, Any]:
     rows = [row for row in read_sealed(folder / "selected.jsonl") if row["stage"] == "select"]
-    return {**_judged(rows), **_lengths("output", rows)}
+    pardoned = len([row for row in rows if row.get("pardoned")])
+    against = {"kept against the rules": pardoned} if pardoned else {}
+    return {**_judged(rows), **against, **_lengths("output", rows)}
 
 
 def train_counts(folder: Path) -> dict[str, Any]:

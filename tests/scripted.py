@@ -40,7 +40,7 @@ def script(request: Request) -> str:
     kind = request.id.split("/")[-1]
     if "/instruct/" in request.id:
         return items(request.id)
-    if kind in ("quality", "following"):
+    if kind in ("quality", "following", "overall"):
         return random.Random(request.id).choice(["9||Clear and correct.", " 10||Good", "6||Meh.", "none of these"])
     return words(request.id, 12) + "."
 

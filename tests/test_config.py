@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isheep.config import (
+    ASSESS_LEVELS,
+    ASSESS_PROMPTS,
     RunConfig,
     TrainConfig,
     UserError,
@@ -33,6 +35,7 @@ def test_defaults_are_the_papers() -> None:
     assert len(set(cfg.instruct.blacklist)) == 18
     assert (cfg.answer.temperature, cfg.answer.top_p, cfg.answer.max_tokens) == (1.0, 0.95, 1000)
     assert (cfg.select.threshold, cfg.select.max_ppl) == (8.0, 50.0)
+    assert (cfg.assess.prompt, cfg.assess.level, cfg.assess.score_decoding) == ("combined", "both", "sampled")
     assert (cfg.train.r, cfg.train.alpha, cfg.train.learning_rate, cfg.train.epochs) == (8, 16, 5e-5, 2.0)
     assert len(cfg.train.target_modules) == 7
 
@@ -70,6 +73,21 @@ def test_overrides(override: str, section: str | None, name: str, value: object)
     assert cfg.seed == 0
 
 
+@pytest.mark.parametrize("prompt", ASSESS_PROMPTS)
+@pytest.mark.parametrize("level", ASSESS_LEVELS)
+@pytest.mark.parametrize("threshold", [-1, 0, 2, 4, 6, 8, 9])
+def test_the_scores_of_each_level_and_threshold(prompt: str, level: str, threshold: int) -> None:
+    overrides = [f"assess.prompt={prompt}", f"assess.level={level}", f"select.threshold={threshold}"]
+    if (prompt == "icl" and level in ("quality", "following")) or (level == "none" and threshold > 0):
+        with pytest.raises(UserError):
+            run_config(*overrides)
+    else:
+        cfg = run_config(*overrides)
+        assert cfg.scores == (ASSESS_LEVELS[level] if threshold > 0 else ())
+        assert cfg.select.pardons == (threshold == -1)
+        assert not run_config(*overrides, "select.method=ppl").scores
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -95,6 +113,14 @@ def test_overrides(override: str, section: str | None, name: str, value: object)
         ("train.pack_tokens=10", "at least train.cutoff = 1024"),
         ("answer.top_p=0", "answer.top_p must be above 0 and at most 1"),
         ("select.threshold=10", "select.threshold must be at least -1 and below 10"),
+        ("select.threshold=-0.5", "must be -1 (no rule filter), 0 (no self-assessment) or above, not -0.5"),
+        ("assess.level=none", "leaves select.threshold = 8 no score to test: choose another level, or set"),
+        ('assess={prompt="icl", level="quality"}', '"quality" needs a score of its own, but assess.prompt = "icl"'),
+        ('assess={prompt="icl", level="following"}', '"following" needs a score of its own'),
+        ("assess.prompt=combine", 'Did you mean "combined"?'),
+        ("assess.level=all", "Choose from: none, quality, following, both."),
+        ("assess.score_decoding=gready", 'Did you mean "greedy"?'),
+        ("instruct.dedup_pool=seeds", "Choose from: global, call."),
         ("instruct.max_words=1", "instruct.min_words must be between 0 and instruct.max_words"),
         ("dtype=bf16", 'dtype = "bf16" is not known. Did you mean "bfloat16"?'),
         ("setting=one_bsae", 'Did you mean "one_base"?'),

@@ -17,7 +17,7 @@ from isheep.model.transformer import Transformer
 from isheep.sampler.engine import Sampler
 from isheep.sampler.request import Request, SamplingParams
 from isheep.session import Session
-from isheep.stages import read_sealed
+from isheep.stages import kept, read_sealed
 from tests.parrot import NUM_EXAMPLES, write_parrot
 from tests.scripted import seed_rows
 from tools.kill_demo import digests
@@ -154,6 +154,28 @@ def test_perplexity_selects_without_assessment(make: Callable[..., Session]) -> 
     iterate(run)
     assert not (run.out / "iter1/replies.jsonl").exists()
     assert {row["quality_score"] for row in json.loads((run.out / "iter1/dataset.json").read_bytes())} == {None}
+
+
+@pytest.mark.parametrize(
+    ("assess", "threshold"),
+    [("none", 0), ("both", 0), ("both", -1), ("quality", 8), ("following", 8), ("icl", 8)],
+)
+def test_each_level_runs(make: Callable[..., Session], assess: str, threshold: int) -> None:
+    chosen = {"prompt": "icl"} if assess == "icl" else {"level": assess}
+    run = make(iterations=1, assess={"max_tokens": 8, **chosen}, select={"threshold": threshold})
+    iterate(run)
+    folder = run.out / "iter1"
+    answers, kept_rows = read_sealed(folder / "answers.jsonl"), json.loads((folder / "dataset.json").read_bytes())
+    assert (folder / "scores.jsonl").exists() == (threshold > 0)
+    if threshold == 0:
+        assert len(kept_rows) == len(kept(answers))
+    elif threshold == -1:
+        assert len(kept_rows) == len([row for row in answers if row["reason"] != "exceeds_context"])
+    else:
+        columns = [name for name in ("quality_score", "following_score") if assess in (name.partition("_")[0], "icl")]
+        assert all(row[name] > 8 for row in kept_rows for name in columns) and columns
+        passed = [row for row in read_sealed(folder / "scores.jsonl") if (row[columns[0]] or 0) > 8]
+        assert len(passed) == len(kept_rows) > 0
 
 
 def test_peft_loads_what_the_loop_trained(make: Callable[..., Session], given: Path) -> None:

@@ -138,6 +138,8 @@ def test_zero_survivors_end_with_2_the_reasons_and_a_way_out(given: Path, tmp_pa
     [
         (["--set", "select.threshold=5"], r"select\.threshold = 8\.0 there, 5\.0 now"),
         (["--seed", "3"], "seed = 0 there, 3 now"),
+        (["--set", "assess.level=quality"], r"assess\.level = both there, quality now"),
+        (["--set", "assess.level=none", "--set", "select.threshold=0"], r"assess\.level = both there, none now"),
         (["--setting", "one_base", "--set", "train.learning_rate=1e-3"], r"train\.learning_rate"),
     ],
 )
@@ -159,6 +161,8 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--setting", "one_bass"], "one_base"),
         (["--set", "select.method=pll"], "ppl"),
         (["--set", "select.method=ppl", "--set", "measure.enabled=false"], "needs perplexities"),
+        (["--set", "assess.level=none"], "no score to test"),
+        (["--set", "assess.prompt=icl", "--set", "assess.level=quality"], "a score of its own"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),
         (["--seeds", "nowhere.jsonl"], r"cannot read nowhere\.jsonl"),
         (["--config", "nowhere.toml"], r"cannot read the configuration nowhere\.toml"),
@@ -211,3 +215,19 @@ def test_direct_is_one_iteration_on_all_data() -> None:
 def test_the_number_of_iterations_is_the_papers(model: str, iterations: int) -> None:
     cfg = run.resolve(run.parser().parse_args(["--model", model, "--out", "x"]))
     assert cfg.iterations == iterations and cfg.dtype == "bfloat16" and cfg.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        ([], "both scores above 8, rated by the current model"),
+        (["assess.level=following", "select.threshold=6"], "following scores above 6"),
+        (["assess.level=none", "select.threshold=0"], "every pair that passes the rules"),
+        (["select.threshold=0"], "every pair that passes the rules"),
+        (["select.threshold=-1"], "every answer"),
+        (["select.method=ppl"], "both perplexities below 50"),
+    ],
+)
+def test_the_plan_says_which_pairs_are_kept(overrides: list[str], passes: str) -> None:
+    flags = [word for text in overrides for word in ("--set", text)]
+    assert run._kept(run.resolve(run.parser().parse_args(["--model", "m", *flags]))).startswith(passes)

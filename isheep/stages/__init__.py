@@ -40,6 +40,7 @@ class Iteration:
     template: Template
     adapter: str | None = None
     adapter_folder: Path | None = None
+    paper_joins: bool = False  # instruction and input are joined as the paper ran it: by "" to answer, " " to rate
 
     @property
     def name(self) -> str:

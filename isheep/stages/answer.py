@@ -1,6 +1,7 @@
 """The model answers its own instructions, zero-shot, one answer each (paper §3)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from isheep.artifacts import Journal
 from isheep.config import AnswerConfig, settings
@@ -19,7 +20,7 @@ def answer(it: Iteration, stream: Stream, tokenizer: Tokenizer, cfg: AnswerConfi
                             order of the instructions. An instruction too long for the model's context has no output.
     """
     file = it.file("instructions.jsonl")
-    what = {**settings(cfg), "template": it.template.name}
+    what = {**settings(cfg), "template": it.template.name, "paper_joins": it.paper_joins}
     with it.journal("answers.jsonl", what, {"instructions": file}) as journal:
         if journal.sealed:
             return
@@ -46,8 +47,9 @@ def _requests(
     params = SamplingParams(
         temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens, stop=it.template.stop
     )
+    template = replace(it.template, joint="") if it.paper_joins else it.template
     for key, row in rows.items():
-        ids = tokenizer.encode(it.template.prompt(row["instruction"], row["input"]))
+        ids = tokenizer.encode(template.prompt(row["instruction"], row["input"]))
         if it.fits(ids):
             yield Request(key, tuple(ids), params, it.adapter)
         elif key not in journal.done:

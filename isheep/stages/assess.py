@@ -1,23 +1,23 @@
 """The model rates its own answers: quality and, of what passes, how well the instruction was followed (paper §4)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from isheep.artifacts import Journal
-from isheep.config import AssessConfig, settings
+from isheep.config import ASSESS_LEVELS, AssessConfig, settings
 from isheep.log import Progress
 from isheep.sampler.request import Completion, Request, SamplingParams
 from isheep.stages import Iteration, Row, Stream, kept, read_sealed, sample, seal_at_once
-from isheep.text.prompts import following_prompt, parse_score, quality_prompt
+from isheep.text.prompts import QUESTIONS, assess_prompt, parse_score, questions
 from isheep.text.tokenizer import Tokenizer
 
-# In the order they are asked; only a pair whose score is above the threshold gets the next one.
-QUESTIONS: Mapping[str, Callable[[Row, str], str]] = {"quality": quality_prompt, "following": following_prompt}
+SCORES = ASSESS_LEVELS["both"]  # a column of scores.jsonl each, whatever the level
 
 
 def assess(it: Iteration, stream: Stream, tokenizer: Tokenizer, threshold: float, cfg: AssessConfig) -> None:
-    """Two independent sampled ratings of each pair: quality of all, following of those whose quality passes.
+    """Independent ratings of each pair, as many as the level needs: quality of all, following of those that pass it.
 
-    The prompts are raw text that ends within the rater's own sentence, for base and tuned models alike.
+    At level following that is asked of all pairs; the prompt icl asks for one score instead, which serves as both. The
+    prompts are raw text that ends within the rater's own sentence, for base and tuned models alike.
 
     reads   answers.jsonl
     writes  replies.jsonl   {id, question, reply, finish_reason, num_output_tokens}, one question after the other
@@ -25,7 +25,7 @@ def assess(it: Iteration, stream: Stream, tokenizer: Tokenizer, threshold: float
             both in the order of the answers
     """
     file = it.file("answers.jsonl")
-    what = {**settings(cfg), "threshold": threshold}
+    what = {**settings(cfg), "threshold": threshold, "paper_joins": it.paper_joins}
     with (
         it.journal("replies.jsonl", what, {"answers": file}) as replies,
         it.journal("scores.jsonl", what, {"answers": file}) as scores,
@@ -36,8 +36,9 @@ def assess(it: Iteration, stream: Stream, tokenizer: Tokenizer, threshold: float
         if not replies.sealed:
             _ask(it, stream, tokenizer, pairs, threshold, cfg, replies)
         found = _read(replies.rows())
+        source = {name: question for question in _questions(cfg) for name in QUESTIONS[question].scores}
         rows = [
-            {"id": pair["id"]} | {f"{question}_score": found.get((pair["id"], question)) for question in QUESTIONS}
+            {"id": pair["id"]} | {f"{name}_score": found.get((pair["id"], source.get(name, ""))) for name in SCORES}
             for pair in pairs
         ]
         seal_at_once(scores, rows)
@@ -55,7 +56,7 @@ def _ask(
         return {"id": pair_id, "question": question, "reply": completion.text, **how}
 
     order, asked = [], pairs
-    for question in QUESTIONS:
+    for question in _questions(cfg):
         with Progress(f"{it.name} assess {question}", len(asked)) as bar:
             sample(stream, _requests(it, tokenizer, asked, question, cfg), journal, reply, bar)
         replied = [pair for pair in asked if f"{pair['id']}/{question}" in journal.done]
@@ -65,14 +66,19 @@ def _ask(
     journal.seal(order)
 
 
+def _questions(cfg: AssessConfig) -> list[str]:
+    return questions(cfg.prompt, ASSESS_LEVELS[cfg.level])
+
+
 def _requests(
     it: Iteration, tokenizer: Tokenizer, pairs: list[Row], question: str, cfg: AssessConfig
 ) -> Iterator[Request]:
     """The question about each pair that fits the context; one that does not gets no reply."""
-    params = SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens)
+    temperature = 0.0 if cfg.score_decoding == "greedy" else cfg.temperature
+    params = SamplingParams(temperature=temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens)
     adapter = it.adapter if cfg.assessor == "current" else None
     for pair in pairs:
-        ids = tokenizer.encode(QUESTIONS[question](pair, cfg.prompt))
+        ids = tokenizer.encode(assess_prompt(pair, question, cfg.prompt, " " if it.paper_joins else "\n"))
         if it.fits(ids):
             yield Request(f"{pair['id']}/{question}", tuple(ids), params, adapter)
 

@@ -26,6 +26,7 @@ from isheep.text.seeds import SeedTask, load_seeds
 from isheep.text.tokenizer import Tokenizer
 
 NUM_MOST_SIMILAR = 10
+CALL_PROMPTS, CALL_KEPT = 32, 100  # of the paper's scripts: prompts are taken 32 at a time until so many are kept
 
 
 def instruct(
@@ -47,7 +48,7 @@ def instruct(
     ):
         if instructions.sealed:
             return
-        reader = Reader(it, Pool(tasks, earlier), instructions, cfg)
+        reader = Reader(it, Pool(tasks, earlier, cfg.dedup_pool == "call"), instructions, cfg)
         _read_all(reader, Prompts(it, tokenizer, tasks, cfg), stream, completions)
         used = [str(k) for k in range(reader.num_prompts)]
         if not completions.sealed:
@@ -132,21 +133,33 @@ class Prompts:
 class Pool:
     """What a new instruction must differ from: the seeds and all that was ever kept. One pool over all iterations.
 
-    As published; the paper's scripts compared with the seeds and the current call only, and its later data sets hold
-    some two hundred duplicates each.
+    As published; `per_call` is as the paper's scripts ran, which compared with the seeds and the current call only: its
+    later data sets hold some two hundred duplicates each.
     """
 
-    def __init__(self, tasks: Sequence[SeedTask], earlier: Sequence[Path]) -> None:
-        self._texts, self._ids = RougePool(), list[str]()
-        for task in tasks:
-            self.add(task.id, task.instruction)
-        for path in earlier:
+    def __init__(self, tasks: Sequence[SeedTask], earlier: Sequence[Path], per_call: bool = False) -> None:
+        self._tasks, self._per_call = tasks, per_call
+        self._start()
+        for path in () if per_call else earlier:
             for row in kept(read_sealed(path)):
                 self.add(row["id"], row["instruction"])
+
+    def _start(self) -> None:
+        """The seeds alone."""
+        self._texts, self._ids, self._num_prompts = RougePool(), list[str](), 0
+        for task in self._tasks:
+            self.add(task.id, task.instruction)
 
     def add(self, row_id: str, instruction: str) -> None:
         self._texts.add(instruction)
         self._ids.append(row_id)
+
+    def end_prompt(self) -> None:
+        """A prompt's items are all judged. A call that ends with it leaves nothing to the next one."""
+        self._num_prompts += 1
+        num_kept = len(self._ids) - len(self._tasks)
+        if self._per_call and self._num_prompts % CALL_PROMPTS == 0 and num_kept >= CALL_KEPT:
+            self._start()
 
     def similarities(self, instruction: str) -> np.ndarray:
         """ROUGE-L F of an instruction to each text of the pool."""
@@ -170,6 +183,7 @@ class Reader:
         for rows in journal.done.values():
             for row in kept(rows):
                 self._keep(row)
+            pool.end_prompt()
 
     @property
     def num_prompts(self) -> int:
@@ -192,6 +206,7 @@ class Reader:
             if self.num_kept == self.cfg.data_size:
                 break
         self.journal.append(str(self.num_prompts), rows)
+        self.pool.end_prompt()
         return self.num_kept - before
 
     def _keep(self, row: Row) -> None:

@@ -4,7 +4,7 @@ The paper (arXiv 2408.08072) describes these prompts; the words are this project
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from isheep.text.seeds import SeedTask
@@ -66,23 +66,78 @@ def _parse_item(number: int, chunk: str) -> dict[str, str] | None:
 
 
 @dataclass(frozen=True)
-class Assessment:
-    """The scales of one variant of the self-assessment prompts: what a 1 and what a 10 mean."""
+class Question:
+    """What the model is asked to rate, and the scores that its one number stands for."""
 
-    quality: str
-    following: str
+    what: str
+    scores: tuple[str, ...]
+
+
+QUESTIONS = {
+    "quality": Question("the quality of the response", ("quality",)),
+    "following": Question("how well the response follows the instruction", ("following",)),
+    "overall": Question("the response", ("quality", "following")),
+}
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A pair with a rating, to be shown before the pair that is asked about."""
+
+    task: str
+    output: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A variant of the self-assessment: its questions with what a 1 and what a 10 mean, "" where it does not say."""
+
+    criteria: dict[str, str]
+    examples: tuple[Rated, ...] = ()
 
 
 ASSESSMENTS: dict[str, Assessment] = {
+    "simple": Assessment(
+        {
+            "quality": "1 means that the response is incorrect. 10 means that it is correct.",
+            "following": (
+                "1 means that the response does not do what the instruction asks. 10 means that it does all of it."
+            ),
+        }
+    ),
     "combined": Assessment(
-        quality=(
-            "1 means that the response is incorrect, long-winded and unclear, and repeats itself in content or format. "
-            "10 means that it is correct, to the point and clear, without a superfluous word."
-        ),
-        following=(
-            "1 means that the response carries on with the instruction instead of answering it, or does not have the "
-            "format that was asked for, or that the instruction itself cannot be understood. 10 means that the "
-            "instruction is clear, and that the response answers it directly and in the format that was asked for."
+        {
+            "quality": (
+                "1 means that the response is incorrect, long-winded and unclear, and repeats itself in content or "
+                "format. 10 means that it is correct, to the point and clear, without a superfluous word."
+            ),
+            "following": (
+                "1 means that the response carries on with the instruction instead of answering it, or does not have "
+                "the format that was asked for, or that the instruction itself cannot be understood. 10 means that "
+                "the instruction is clear, and that the response answers it directly and in the format that was "
+                "asked for."
+            ),
+        }
+    ),
+    "icl": Assessment(
+        {"overall": ""},
+        examples=(
+            Rated(
+                "Which household items can be used to clean a kettle, and why does each of them work?",
+                "1. Vinegar\n2. Lemon juice\n3. Baking soda",
+                "6||All three do clean a kettle, but the instruction also asks why, and nothing is explained.",
+            ),
+            Rated(
+                "Turn the sentence into the past tense.\nThe gardener waters the roses before breakfast.",
+                "Lisbon lies on the Atlantic coast and is known for its yellow trams.",
+                "1||The response has nothing to do with the sentence that was to be changed.",
+            ),
+            Rated(
+                "Write a slogan for a shop that repairs old bicycles.",
+                "Old wheels, new roads.",
+                "10||Short and easy to remember, and it says in four words what the shop is for.",
+            ),
         ),
     ),
 }
@@ -96,26 +151,33 @@ Instruction:
 Response:
 {output}
 
-Please rate {what} on a scale from 1 to 10. {scale}
+Please rate {what} on a scale from 1 to 10.{criteria}
 Answer in the format <score>||<explanation>: first the score as a number, then two vertical bars, then a short \
 explanation.
 
 As a strict rater who gives high marks only where they are earned, my score is:"""
 
 
-def quality_prompt(row: Mapping[str, str], variant: str = "combined") -> str:
-    """Asks how good the response of `row` {instruction, input, output} is; read the reply with `parse_score`."""
-    return _assess_prompt(row, "the quality of the response", ASSESSMENTS[variant].quality)
+def questions(variant: str, scores: Collection[str]) -> list[str]:
+    """The questions of a variant whose answers give `scores` ("quality", "following"), in the order they are asked."""
+    return [name for name in ASSESSMENTS[variant].criteria if set(QUESTIONS[name].scores) <= set(scores)]
 
 
-def following_prompt(row: Mapping[str, str], variant: str = "combined") -> str:
-    """Asks how closely the response of `row` follows its instruction; read the reply with `parse_score`."""
-    return _assess_prompt(row, "how well the response follows the instruction", ASSESSMENTS[variant].following)
+def assess_prompt(row: Mapping[str, str], question: str, variant: str = "combined", joint: str = "\n") -> str:
+    """Asks for a rating of `row` {instruction, input, output}; read the reply with `parse_score`.
 
+    Raw text, the variant's examples first, each just as the row is and with its reply. It ends within the rater's
+    sentence, so that the model goes on with a number. `joint` stands between instruction and input.
+    """
+    assessment = ASSESSMENTS[variant]
+    criteria = f" {assessment.criteria[question]}" if assessment.criteria[question] else ""
 
-def _assess_prompt(row: Mapping[str, str], what: str, scale: str) -> str:
-    task = f"{row['instruction']}\n{row['input']}" if row["input"] else row["instruction"]
-    return _ASSESS_PROMPT.format(task=task, output=row["output"], what=what, scale=scale)
+    def ask(task: str, output: str) -> str:
+        return _ASSESS_PROMPT.format(task=task, output=output, what=QUESTIONS[question].what, criteria=criteria)
+
+    shown = [f"{ask(example.task, example.output)} {example.reply}\n\n\n" for example in assessment.examples]
+    task = f"{row['instruction']}{joint}{row['input']}" if row["input"] else row["instruction"]
+    return "".join(shown) + ask(task, row["output"])
 
 
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"

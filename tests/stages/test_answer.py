@@ -1,10 +1,11 @@
 """Each kept instruction is answered once, through the template of the model that answers; rules drop pairs."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from isheep.config import AnswerConfig
+from isheep.config import AnswerConfig, UserError
 from isheep.sampler.request import Request
 from isheep.stages import Iteration, read_sealed
 from isheep.stages.answer import answer
@@ -71,6 +72,17 @@ def test_base_is_asked_in_raw_text_and_a_tuned_model_in_its_format(tmp_path: Pat
         it.template.prompt(row["instruction"], row["input"])
     )
     assert tuned.seen[0].params.temperature == 0.5 and tuned.seen[0].params.max_tokens == 7
+
+
+def test_joined_as_the_paper_ran_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    row = instructions()[0]
+    for name in ("raw", "chatml"):
+        sampler, it = ScriptedSampler(), written(iteration(tmp_path / name, template=template(name), paper_joins=True))
+        answer(it, sampler.stream, tokenizer, AnswerConfig())
+        text = tokenizer.decode(list(sampler.seen[0].prompt_token_ids))
+        assert f"{row['instruction']}{row['input']}\n" in text
+        with pytest.raises(UserError, match=r"paper_joins \(True, now False\)"):
+            answer(replace(it, paper_joins=False), sampler.stream, tokenizer, AnswerConfig())
 
 
 def test_stopped_anywhere_it_asks_only_what_is_left(tmp_path: Path, it: Iteration, tokenizer: Tokenizer) -> None:

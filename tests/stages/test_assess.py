@@ -1,13 +1,16 @@
-"""Quality is asked of all pairs, following of those that pass; a score is read or it is null."""
+"""Quality is asked of all pairs, following of those that pass; a score is read or it is null. Or as the level says."""
 
 from pathlib import Path
 
 import pytest
 
-from isheep.config import AssessConfig
+from isheep.config import ASSESS_LEVELS, ASSESS_PROMPTS, AssessConfig, SelectConfig, UserError
 from isheep.sampler.request import Request
-from isheep.stages import Iteration, read_sealed
+from isheep.stages import Iteration, read_sealed, verdict
 from isheep.stages.assess import assess
+from isheep.stages.select import select
+from isheep.summary import stage_counts
+from isheep.text.prompts import assess_prompt
 from isheep.text.tokenizer import Tokenizer
 from tests.scripted import ScriptedSampler, Stopped, folder_bytes, iteration, sealed, stopping, tiny_tokenizer, words
 
@@ -27,8 +30,58 @@ SCORES = [
 ]
 
 
+OVERALL = {
+    "iter1/0.0/overall": "9||Good.",
+    "iter1/0.1/overall": "8||Fine.",
+    "iter1/0.2/overall": "I cannot say.",
+    "iter1/0.3/overall": " 10",
+}
+FOLLOWING = {**REPLIES, "iter1/0.1/following": "9.6", "iter1/0.2/following": "none"}  # at its level it is asked of all
+
+
 def play(request: Request) -> str:
-    return REPLIES[request.id]
+    return (FOLLOWING | OVERALL)[request.id]
+
+
+# level of a prompt with two questions, or icl's: what is asked, the scores, the reasons in the ledger
+LEVELS = {
+    "both": (
+        [f"{i}/quality" for i in range(4)] + ["0/following", "3/following"],
+        [(9, 10), (8, None), (None, None), (10, 7)],
+        [None, "low_quality", "no_score", "low_following"],
+    ),
+    "quality": (
+        [f"{i}/quality" for i in range(4)],
+        [(9, None), (8, None), (None, None), (10, None)],
+        [None, "low_quality", "no_score", None],
+    ),
+    "following": (
+        [f"{i}/following" for i in range(4)],
+        [(None, 10), (None, 10), (None, None), (None, 7)],
+        [None, None, "no_score", "low_following"],
+    ),
+    "icl": (
+        [f"{i}/overall" for i in range(4)],
+        [(9, 9), (8, 8), (None, None), (10, 10)],
+        [None, "low_quality", "no_score", None],
+    ),
+}
+COUNTS = {
+    "both": {
+        "asked for quality": 4,
+        "no quality score read": 1,
+        "quality scores": "8:1 9:1 10:1",
+        "asked for following": 2,
+        "no following score read": 0,
+        "following scores": "7:1 10:1",
+    },
+    "quality": {"asked for quality": 4, "no quality score read": 1, "quality scores": "8:1 9:1 10:1"},
+    "following": {"asked for following": 4, "no following score read": 1, "following scores": "7:1 10:2"},
+    "icl": {"asked for overall": 4, "no overall score read": 1, "overall scores": "8:1 9:1 10:1"},
+}
+VARIANTS = [(prompt, level) for prompt in ("simple", "combined") for level in ("quality", "following", "both")]
+VARIANTS += [("icl", "both")]
+each_variant = pytest.mark.parametrize(("prompt", "level"), VARIANTS)
 
 
 def written(it: Iteration) -> Iteration:
@@ -37,9 +90,9 @@ def written(it: Iteration) -> Iteration:
         {"id": f"iter1/0.{i}", "instruction": words(f"i{i}", 6), "input": "", "output": words(f"o{i}", 9)}
         for i in range(5)
     ]
-    sealed(
-        it.file("answers.jsonl"), [pair | {"verdict": "kept" if i < 4 else "dropped"} for i, pair in enumerate(pairs)]
-    )
+    sealed(it.file("instructions.jsonl"), [{**pair, "most_similar": [], **verdict(None)} for pair in pairs])
+    judged = [pair | verdict(None if i < 4 else "role_label") for i, pair in enumerate(pairs)]
+    sealed(it.file("answers.jsonl"), judged)
     return it
 
 
@@ -98,3 +151,84 @@ def test_a_pair_beyond_the_context_has_no_score(tmp_path: Path, tokenizer: Token
     sealed(it.file("answers.jsonl"), [pair])
     assess(it, ScriptedSampler(play).stream, tokenizer, 8.0, AssessConfig())
     assert read_sealed(it.file("scores.jsonl")) == [{"id": "iter1/0.0", "quality_score": None, "following_score": None}]
+
+
+@each_variant
+def test_each_prompt_at_each_level(it: Iteration, tokenizer: Tokenizer, prompt: str, level: str) -> None:
+    case = "icl" if prompt == "icl" else level
+    asked, scores, reasons = LEVELS[case]
+    cfg, sampler = AssessConfig(prompt, level), ScriptedSampler(play, shuffle=2)
+    assess(it, sampler.stream, tokenizer, 8.0, cfg)
+    replies = read_sealed(it.file("replies.jsonl"))
+    assert [f"{row['id']}/{row['question']}" for row in replies] == [f"iter1/0.{key}" for key in asked]
+    assert sorted(request.id for request in sampler.seen) == sorted(f"iter1/0.{key}" for key in asked)
+    pairs = {pair["id"]: pair for pair in read_sealed(it.file("answers.jsonl"))}
+    for request in sampler.seen:
+        pair_id, _, question = request.id.rpartition("/")
+        assert list(request.prompt_token_ids) == tokenizer.encode(assess_prompt(pairs[pair_id], question, prompt))
+    rows = read_sealed(it.file("scores.jsonl"))
+    assert [(row["quality_score"], row["following_score"]) for row in rows] == scores
+    assert stage_counts(it.folder, "assess") == COUNTS[case]
+    select(it, SelectConfig(), ASSESS_LEVELS[level])
+    ledger = read_sealed(it.file("selected.jsonl"))
+    assert [row["reason"] for row in ledger if row["stage"] == "select"] == reasons
+
+
+@each_variant
+def test_each_level_stopped_anywhere_asks_only_what_is_left(
+    tmp_path: Path, it: Iteration, tokenizer: Tokenizer, prompt: str, level: str
+) -> None:
+    cfg = AssessConfig(prompt, level)
+    assess(it, ScriptedSampler(play).stream, tokenizer, 8.0, cfg)
+    whole, num_asked = folder_bytes(it.folder), len(read_sealed(it.file("replies.jsonl")))
+    for after in range(num_asked):
+        again = written(iteration(tmp_path / f"stopped{after}"))
+        with pytest.raises(Stopped):
+            assess(again, stopping(ScriptedSampler(play, shuffle=after), after), tokenizer, 8.0, cfg)
+        rest = ScriptedSampler(play)
+        assess(again, rest.stream, tokenizer, 8.0, cfg)
+        assert len(rest.seen) == num_asked - after and folder_bytes(again.folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"level": "quality"}, r"settings\.level \(both, now quality\)"),
+        ({"level": "following"}, r"settings\.level \(both, now following\)"),
+        ({"prompt": "simple"}, r"settings\.prompt \(combined, now simple\)"),
+        ({"prompt": "icl"}, r"settings\.prompt \(combined, now icl\)"),
+        ({"score_decoding": "greedy"}, r"settings\.score_decoding \(sampled, now greedy\)"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_assessment_is_refused(
+    it: Iteration, tokenizer: Tokenizer, change: dict, sentence: str, finished: bool
+) -> None:
+    if finished:
+        assess(it, ScriptedSampler(play).stream, tokenizer, 8.0, AssessConfig())
+    else:
+        with pytest.raises(Stopped):
+            assess(it, stopping(ScriptedSampler(play), 2), tokenizer, 8.0, AssessConfig())
+    before = folder_bytes(it.folder)
+    with pytest.raises(UserError, match=sentence):
+        assess(it, ScriptedSampler(play).stream, tokenizer, 8.0, AssessConfig(**change))
+    assert folder_bytes(it.folder) == before
+
+
+@pytest.mark.parametrize(("decoding", "temperature"), [("sampled", 0.7), ("greedy", 0.0)])
+@pytest.mark.parametrize("prompt", ASSESS_PROMPTS)
+def test_a_score_is_sampled_or_decoded_greedily(
+    it: Iteration, tokenizer: Tokenizer, prompt: str, decoding: str, temperature: float
+) -> None:
+    sampler = ScriptedSampler(play)
+    assess(it, sampler.stream, tokenizer, 8.0, AssessConfig(prompt, score_decoding=decoding, temperature=0.7))
+    assert {request.params.temperature for request in sampler.seen} == {temperature}
+
+
+def test_joined_as_the_paper_ran_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    it, sampler = iteration(tmp_path, paper_joins=True), ScriptedSampler(play)
+    pair = {"id": "iter1/0.3", "instruction": "Add.", "input": "1 and 2", "output": "3", "verdict": "kept"}
+    sealed(it.file("answers.jsonl"), [pair])
+    assess(it, sampler.stream, tokenizer, 8.0, AssessConfig())
+    texts = [tokenizer.decode(list(request.prompt_token_ids)) for request in sampler.seen]
+    assert len(texts) == 2 and all("\nAdd. 1 and 2\n" in text for text in texts)

@@ -1,11 +1,14 @@
 """Instructions are sampled until enough are kept, judged in prompt order, and the same bytes however it went."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from isheep.config import InstructConfig, UserError
+from isheep.sampler.request import Request
+from isheep.stages import instruct as module
 from isheep.stages import kept, read_sealed
 from isheep.stages.instruct import instruct
 from isheep.text.tokenizer import Tokenizer
@@ -152,3 +155,42 @@ def test_other_settings_are_refused(tmp_path: Path, seeds: Path, tokenizer: Toke
     run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
     with pytest.raises(UserError, match=r"temperature \(1.0, now 0.5\)"):
         run(tmp_path, seeds, tokenizer, ScriptedSampler(play), InstructConfig(11, 3, temperature=0.5))
+
+
+def echo(request: Request) -> str:
+    """Every third prompt of a call is answered with the items of the first."""
+    k = int(request.id.rpartition("/")[2])
+    return items("first" if k % 3 == 0 else request.id, first=4)
+
+
+@pytest.mark.parametrize(("pool", "num_copies"), [("global", 0), ("call", 2)])
+def test_the_pool_of_a_call_forgets_what_came_before(
+    tmp_path: Path, seeds: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, pool: str, num_copies: int
+) -> None:
+    """Calls take 6 prompts at a time until 9 are kept: three of them in 18 prompts."""
+    monkeypatch.setattr(module, "CALL_PROMPTS", 6)
+    monkeypatch.setattr(module, "CALL_KEPT", 9)
+    cfg = InstructConfig(data_size=1000, num_in_context=3, max_prompts=18, dedup_pool=pool)
+    it = iteration(tmp_path / "whole")
+    instruct(it, ScriptedSampler(echo).stream, tokenizer, seeds, [], cfg)
+    whole = folder_bytes(it.folder)
+    found = Counter(row["instruction"] for row in kept(read_sealed(it.file("instructions.jsonl"))))
+    first = {row["instruction"] for row in kept(read_sealed(it.file("instructions.jsonl"))) if "/0." in row["id"]}
+    assert first and {found[text] - 1 for text in first} == {num_copies}
+    for after in range(0, 18, 5):
+        again = iteration(tmp_path / f"stopped{after}")
+        with pytest.raises(Stopped):
+            instruct(again, stopping(ScriptedSampler(echo), after), tokenizer, seeds, [], cfg)
+        instruct(again, ScriptedSampler(echo, shuffle=after).stream, tokenizer, seeds, [], cfg)
+        assert folder_bytes(again.folder) == whole
+
+
+def test_the_pool_of_a_call_knows_nothing_of_earlier_iterations(
+    tmp_path: Path, seeds: Path, tokenizer: Tokenizer
+) -> None:
+    first = run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
+    it, cfg = iteration(tmp_path, number=2), InstructConfig(11, 3, dedup_pool="call")
+    same = ScriptedSampler(lambda request: items(request.id.replace("iter2", "iter1"), first=4))
+    instruct(it, same.stream, tokenizer, seeds, [first / "instructions.jsonl"], cfg)
+    rows = [[row["instruction"] for row in kept(read_sealed(f / "instructions.jsonl"))] for f in (first, it.folder)]
+    assert rows[0] == rows[1]
