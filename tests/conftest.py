@@ -1,5 +1,9 @@
 """One thread a test process: tiny tensors gain nothing from two, and `make test` runs as many processes as cores."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job in the background starts with Ctrl-C ignored and hands that down to the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
