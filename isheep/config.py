@@ -31,7 +31,7 @@ ASSESS_LEVELS: dict[str, tuple[str, ...]] = {
     "following": ("following",),
     "both": ("quality", "following"),
 }
-SELECT_METHODS = ("threshold", "ppl")
+SELECT_METHODS = ("threshold", "ppl", "density", "density_ppl")
 # On an instruction or its input, a text-only model cannot serve these words.
 BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
@@ -152,6 +152,9 @@ class MeasureConfig:
 class SelectConfig:
     """Which pairs are trained on: both scores strictly above C = 8, or both perplexities below 50 (filter ablation).
 
+    "density" keeps a random pair of each of K = 3000 clusters of their vectors, "density_ppl" that with the lowest
+    pair_ppl.
+
     `threshold` is the paper's C, with its two special values: 0 is no self-assessment, nothing is asked and every pair
     that passed the rules is kept, as with assess.level "none"; -1 is not even the rules, every answer is kept (of
     which training leaves out the blank ones).
@@ -160,6 +163,7 @@ class SelectConfig:
     method: str = "threshold"
     threshold: float = 8.0
     max_ppl: float = 50.0
+    num_clusters: int = 3000
 
     def __post_init__(self) -> None:
         _choose(self, "method", SELECT_METHODS)
@@ -167,11 +171,17 @@ class SelectConfig:
         _require(self, "threshold", not -1 < self.threshold < 0,
                  "-1 (no rule filter), 0 (no self-assessment) or above")  # fmt: skip
         _require(self, "max_ppl", self.max_ppl > 1, "above 1")
+        _require(self, "num_clusters", self.num_clusters >= 1, "at least 1")
 
     @property
     def rates(self) -> bool:
         """Whether scores are tested, so that there is a self-assessment."""
         return self.method == "threshold" and self.threshold > 0
+
+    @property
+    def clusters(self) -> bool:
+        """Whether pairs are clustered by their vectors."""
+        return self.method in ("density", "density_ppl")
 
     @property
     def pardons(self) -> bool:

@@ -62,7 +62,7 @@ def iterate(run: Session) -> None:
             with run.stage(it, "measure"):
                 measure(it, model, tokenizer, cfg.measure, run.mesh)
         with run.stage(it, "select"):
-            select(it, cfg.select, cfg.scores)
+            select(it, cfg.select, cfg.scores, cfg.measure.pooling, model.device)
         with run.stage(it, "train"):
             train(it, model, tokenizer, run.template, setting.trained, setting.on(it), cfg.train, run.mesh)
         with run.stage(it, "show"):

@@ -110,8 +110,15 @@ def resolve(args: argparse.Namespace) -> RunConfig:
             raise UserError(f'setting = "direct" is one iteration on all data, not {cfg.iterations}: leave it at 1.')
     if cfg.setting == "one_last" and cfg.train.weight_decay > 0:
         raise UserError('setting = "one_last" keeps what was trained before: train.weight_decay must be 0.')
-    if cfg.select.method == "ppl" and not cfg.measure.enabled:
-        raise UserError('select.method = "ppl" needs perplexities: set measure.enabled = true.')
+    select = cfg.select
+    if select.method != "threshold" and not cfg.measure.enabled:
+        needed = "vectors" if select.clusters else "perplexities"
+        raise UserError(f'select.method = "{select.method}" needs {needed}: set measure.enabled = true.')
+    if select.clusters and select.num_clusters > cfg.instruct.data_size:
+        raise UserError(
+            f"instruct.data_size = {cfg.instruct.data_size} cannot fill select.num_clusters = {select.num_clusters}: "
+            "lower the latter, or raise the former."
+        )
     if cfg.iterations is None:
         preset = model_preset(cfg.model)
         cfg = replace(cfg, iterations=preset.iterations if preset else DEFAULT_ITERATIONS)
@@ -215,6 +222,9 @@ def _kept(cfg: RunConfig) -> str:
         return f"{level} above {select.threshold:g}, rated by the {cfg.assess.assessor} model ({cfg.assess.prompt})"
     if select.method == "threshold":
         return "every answer, whatever the rules say" if select.pardons else "every pair that passes the rules"
+    if select.clusters:
+        which = "a random pair" if select.method == "density" else "the pair with the lowest pair_ppl"
+        return f"{which} of each of {select.num_clusters:,} clusters ({cfg.measure.pooling} vectors)"
     return f"both perplexities below {select.max_ppl:g}"
 
 

@@ -34,7 +34,7 @@ def test_defaults_are_the_papers() -> None:
     assert (cfg.instruct.data_size, cfg.instruct.num_in_context, cfg.instruct.stop) == (10_000, 5, ("17",))
     assert len(set(cfg.instruct.blacklist)) == 18
     assert (cfg.answer.temperature, cfg.answer.top_p, cfg.answer.max_tokens) == (1.0, 0.95, 1000)
-    assert (cfg.select.threshold, cfg.select.max_ppl) == (8.0, 50.0)
+    assert (cfg.select.threshold, cfg.select.max_ppl, cfg.select.num_clusters) == (8.0, 50.0, 3000)
     assert (cfg.assess.prompt, cfg.assess.level, cfg.assess.score_decoding) == ("combined", "both", "sampled")
     assert (cfg.train.r, cfg.train.alpha, cfg.train.learning_rate, cfg.train.epochs) == (8, 16, 5e-5, 2.0)
     assert len(cfg.train.target_modules) == 7
@@ -121,6 +121,7 @@ def test_the_scores_of_each_level_and_threshold(prompt: str, level: str, thresho
         ("assess.level=all", "Choose from: none, quality, following, both."),
         ("assess.score_decoding=gready", 'Did you mean "greedy"?'),
         ("instruct.dedup_pool=seeds", "Choose from: global, call."),
+        ("select.num_clusters=0", "select.num_clusters must be at least 1, not 0"),
         ("instruct.max_words=1", "instruct.min_words must be between 0 and instruct.max_words"),
         ("dtype=bf16", 'dtype = "bf16" is not known. Did you mean "bfloat16"?'),
         ("setting=one_bsae", 'Did you mean "one_base"?'),

@@ -178,6 +178,21 @@ def test_each_level_runs(make: Callable[..., Session], assess: str, threshold: i
         assert len(passed) == len(kept_rows) > 0
 
 
+@pytest.mark.parametrize("method", ["density", "density_ppl"])
+def test_density_selects_one_pair_of_each_cluster_without_assessment(make: Callable[..., Session], method: str) -> None:
+    changes = {"iterations": 2, "select": {"method": method, "num_clusters": 4}, "measure": {"pooling": "last"}}
+    run = make(**changes)
+    iterate(run)
+    for t in (1, 2):
+        rows = [row for row in read_sealed(run.out / f"iter{t}/selected.jsonl") if row["stage"] == "select"]
+        kept = [row["cluster"] for row in rows if row["verdict"] == "kept"]
+        assert sorted(kept) == sorted({row["cluster"] for row in rows}) and len(kept) == 4 < len(rows)
+        assert not (run.out / f"iter{t}/replies.jsonl").exists()
+    before = digests(run.out)
+    iterate(make(**changes))
+    assert digests(run.out) == before
+
+
 def test_peft_loads_what_the_loop_trained(make: Callable[..., Session], given: Path) -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -133,6 +134,26 @@ def test_zero_survivors_end_with_2_the_reasons_and_a_way_out(given: Path, tmp_pa
     assert (tmp_path / "run/iter1/selected.jsonl.seal").exists()
 
 
+def test_too_many_clusters_are_mended_and_the_run_goes_on(given: Path, tmp_path: Path) -> None:
+    out, few = tmp_path / "run", ("--iterations", 1, "--set", "instruct.max_prompts=3")
+
+    def start_with(num_clusters: object) -> subprocess.CompletedProcess[str]:
+        density = ("--set", "select.method=density", "--set", f"select.num_clusters={num_clusters}")
+        return subprocess.run(command(given, "--out", out, *few, *density), env=ENV, capture_output=True, text=True)
+
+    done = start_with(16)
+    sentence = re.search(r"iter1: (\d+) pairs cannot fill select\.num_clusters = 16: give at most \1", done.stderr)
+    assert done.returncode == 2 and sentence and "Traceback" not in done.stderr
+    before = {name: digest for name, digest in digests(out).items() if name != "config.toml"}
+    config = out / "config.toml"
+    config.write_text(config.read_text().replace("num_clusters = 16", f"num_clusters = {sentence[1]}"))
+    done = start_with(sentence[1])
+    assert done.returncode == 0, done.stderr
+    after = digests(out)
+    assert {name: after[name] for name in before} == before
+    assert len(json.loads((out / "iter1/dataset.json").read_text())) == int(sentence[1])
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -161,6 +182,8 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--setting", "one_bass"], "one_base"),
         (["--set", "select.method=pll"], "ppl"),
         (["--set", "select.method=ppl", "--set", "measure.enabled=false"], "needs perplexities"),
+        (["--set", "select.method=density_ppl", "--set", "measure.enabled=false"], "needs vectors"),
+        (["--set", "select.method=density"], r"data_size = 16 cannot fill select\.num_clusters = 3000"),
         (["--set", "assess.level=none"], "no score to test"),
         (["--set", "assess.prompt=icl", "--set", "assess.level=quality"], "a score of its own"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),

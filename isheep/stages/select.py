@@ -1,32 +1,57 @@
 """Which pairs are trained on, and the ledger: what became of every instruction, and why (paper §4 and §5)."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
+from safetensors import safe_open
+
 from isheep.artifacts import write_atomic
-from isheep.config import SelectConfig, UserError, settings
+from isheep.config import MeasureConfig, SelectConfig, UserError, settings
+from isheep.filter.kmeans import kmeans
 from isheep.filter.select import select as select_rows
+from isheep.log import log
 from isheep.stages import KEPT, Iteration, Row, kept, read_sealed, seal_at_once, verdict
 
 TRAINED_ON = ("instruction", "input", "output", "quality_score", "following_score")
 
 
-def select(it: Iteration, cfg: SelectConfig, scores: Sequence[str]) -> None:
-    """Keep the pairs whose scores or perplexities pass; `scores` are those that were asked for (`RunConfig.scores`).
+def select(
+    it: Iteration,
+    cfg: SelectConfig,
+    scores: Sequence[str],
+    pooling: str = MeasureConfig.pooling,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Keep the pairs whose scores or perplexities pass, or one of each cluster of their vectors.
 
-    reads   instructions.jsonl, answers.jsonl, scores.jsonl and measures.jsonl where they were made
-    writes  selected.jsonl   every instruction with all that was found out about it: output, scores, perplexities;
+    `scores` are those that were asked for (`RunConfig.scores`); vectors of this `pooling` are clustered on `device`.
+
+    reads   instructions.jsonl, answers.jsonl, scores.jsonl and measures.jsonl where they were made; vectors.safetensors
+            where the method clusters
+    writes  selected.jsonl   every instruction with all that was found out about it: output, scores, perplexities,
+                             cluster;
                              verdict, reason and `stage`, the stage that dropped or kept it; where pairs are kept
                              against the rules (threshold -1) `pardoned`, the rule that had dropped it, or null
             dataset.json     the kept ones in Alpaca's format, with their scores
-    Raises UserError, with the ledger counted, where none is kept.
+    Raises UserError, with the ledger counted, where none is kept; and where there are fewer pairs than clusters.
     """
     names = ("instructions.jsonl", "answers.jsonl", "scores.jsonl", "measures.jsonl")
     files = {name.partition(".")[0]: it.file(name) for name in names if it.file(name).exists()}
-    with it.journal("selected.jsonl", {**settings(cfg), "scores": list(scores)}, files) as journal:
+    what, inputs = {**settings(cfg), "scores": list(scores), "pooling": pooling}, dict(files)
+    if cfg.clusters:
+        _check_num_clusters(it, cfg)  # before the journal is there, so that it may be mended
+        inputs["vectors"] = it.file("vectors.safetensors")
+    else:
+        del what["num_clusters"], what["pooling"]
+    with it.journal("selected.jsonl", what, inputs) as journal:
         if not journal.sealed:
-            seal_at_once(journal, _ledger({name: read_sealed(path) for name, path in files.items()}, cfg, scores))
+            found = {name: read_sealed(path) for name, path in files.items()}
+            if cfg.clusters:
+                found["clusters"] = _clusters(it, [row["id"] for row in found["measures"]], cfg, pooling, device)
+            seal_at_once(journal, _ledger(found, cfg, scores, _key(it)))
         ledger = journal.rows()
     survivors = [{name: row.get(name) for name in TRAINED_ON} for row in kept(ledger)]
     if not survivors:
@@ -34,7 +59,35 @@ def select(it: Iteration, cfg: SelectConfig, scores: Sequence[str]) -> None:
     write_atomic(it.file("dataset.json"), json.dumps(survivors, ensure_ascii=False, indent=1) + "\n")
 
 
-def _ledger(found: Mapping[str, list[Row]], cfg: SelectConfig, scores: Sequence[str]) -> list[Row]:
+def _key(it: Iteration) -> str:
+    """What all random draws of the selection follow from."""
+    return f"{it.seed}/{it.name}/select"
+
+
+def _check_num_clusters(it: Iteration, cfg: SelectConfig) -> None:
+    """UserError where pairs are too few. Iteration 1 can go on with less: nothing there depends on the number yet."""
+    n = len(read_sealed(it.file("measures.jsonl")))
+    if 0 < n < cfg.num_clusters:
+        change = f"at most {n} is possible, with another --out; everything made so far stays in {it.folder}"
+        if it.number == 1:
+            change = f"give at most {n}, write the same into {it.folder.parent / 'config.toml'}, and the run goes on"
+        raise UserError(f"{it.name}: {n} pairs cannot fill select.num_clusters = {cfg.num_clusters}: {change}.")
+
+
+def _clusters(it: Iteration, ids: list[str], cfg: SelectConfig, pooling: str, device: torch.device | str) -> list[Row]:
+    """{id, cluster} of the pairs that were measured, which are `ids`."""
+    if not ids:
+        return []
+    with safe_open(it.file("vectors.safetensors"), "pt") as file:
+        vectors = file.get_tensor(pooling)
+    seed = random.Random(f"{_key(it)}/kmeans").getrandbits(63)
+    labels, inertia = kmeans(vectors, cfg.num_clusters, seed, device)
+    found = f"{len(ids)} pairs in {len(labels.unique())} clusters of {pooling} vectors, inertia {inertia:.6g}"
+    log.info("%s select: %s", it.name, found)
+    return [{"id": row_id, "cluster": k} for row_id, k in zip(ids, labels.tolist(), strict=True)]
+
+
+def _ledger(found: Mapping[str, list[Row]], cfg: SelectConfig, scores: Sequence[str], key: str) -> list[Row]:
     """One row per instruction, in order, judged by the last stage that it reached."""
     later = {name: {row["id"]: row for row in rows} for name, rows in found.items()}
     ledger = []
@@ -46,11 +99,11 @@ def _ledger(found: Mapping[str, list[Row]], cfg: SelectConfig, scores: Sequence[
             if cfg.pardons:
                 row |= _pardon(row)
         if row["verdict"] == KEPT:
-            for name in ("scores", "measures"):
+            for name in ("scores", "measures", "clusters"):
                 row |= later.get(name, {}).get(row["id"], {})
             row["stage"] = "select"
         ledger.append(row)
-    return select_rows(ledger, cfg, scores)
+    return select_rows(ledger, cfg, scores, key)
 
 
 def _pardon(pair: Row) -> Row:

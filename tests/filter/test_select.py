@@ -1,5 +1,7 @@
 """The selection's verdicts and reasons."""
 
+from collections import Counter
+
 import pytest
 
 from isheep.config import SELECT_METHODS, SelectConfig
@@ -80,6 +82,45 @@ def test_earlier_drops_pass_through_and_nothing_is_changed_in_place():
     got = select(rows, SelectConfig(), BOTH)
     assert [row["reason"] for row in got] == [None, "url", "low_quality"]
     assert got[1] == rows[1] and rows == before
+
+
+def clustered(*clusters):
+    return [{"id": i, "cluster": k} for i, k in enumerate(clusters)]
+
+
+def kept(rows, method, key=""):
+    return [row["id"] for row in select(rows, SelectConfig(method), (), key) if row["verdict"] == "kept"]
+
+
+def test_density_keeps_one_row_of_each_cluster():
+    rows = clustered(3, 0, 3, 3, 7, 0)
+    got = select(rows, SelectConfig("density"), (), "0/iter1")
+    for cluster, num_rows in ((0, 2), (3, 3), (7, 1)):
+        reasons = [row["reason"] for row in got if row["cluster"] == cluster]
+        assert sorted(reasons, key=str) == [None] + ["same_cluster"] * (num_rows - 1)
+
+
+def test_density_draws_each_row_as_often_and_each_cluster_by_itself():
+    counts = Counter(kept(clustered(0, 0, 0), "density", str(key))[0] for key in range(300))
+    assert set(counts) == {0, 1, 2} and min(counts.values()) > 70
+    for key in map(str, range(20)):
+        few, more = clustered(0, 0, 0, 1), clustered(0, 0, 0, 1, 1, 2)
+        assert kept(few, "density", key)[0] == kept(more, "density", key)[0]
+        assert kept(few, "density", key) == kept(few, "density", key)
+
+
+def test_density_ppl_keeps_the_lowest_pair_ppl_of_each_cluster():
+    ppls = (9.0, 4.0, 4.0, None, 2.0, None, 3.0)
+    rows = [row | {"pair_ppl": ppl} for row, ppl in zip(clustered(0, 0, 0, 0, 1, 2, 1), ppls)]
+    got = [row["reason"] for row in select(rows, SelectConfig("density_ppl"), ())]
+    assert got == ["same_cluster", None, "same_cluster", "no_ppl", None, "no_ppl", "same_cluster"]
+
+
+@pytest.mark.parametrize("method", ["density", "density_ppl"])
+def test_rows_dropped_before_have_no_cluster_and_stay_dropped(method):
+    dropped = {"id": "y", "verdict": "dropped", "reason": "url"}
+    got = select([dropped, {"id": "x", "cluster": 0, "pair_ppl": 3.0}], SelectConfig(method), ())
+    assert got[0] == dropped and got[1]["verdict"] == "kept"
 
 
 def test_the_table_covers_the_settings():

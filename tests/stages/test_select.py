@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from isheep.config import SelectConfig, UserError
+from isheep.filter.kmeans import kmeans
 from isheep.stages import Iteration, read_sealed
+from isheep.stages import select as module
 from isheep.stages.select import select
 from isheep.summary import stage_counts
-from tests.scripted import folder_bytes, iteration, sealed
+from tests.scripted import Stopped, folder_bytes, iteration, sealed
 
 BOTH = ("quality", "following")
 
@@ -147,3 +151,112 @@ def test_the_best_score_is_that_of_the_level(tmp_path: Path) -> None:
     sealed(it.file("scores.jsonl"), rows)
     with pytest.raises(UserError, match=r"3 by select low_following.*the best following score is 9"):
         select(it, SelectConfig(threshold=9), ("following",))
+
+
+NUM_PAIRS = 12
+DENSITY = SelectConfig(method="density", num_clusters=3)
+
+
+def with_vectors(it: Iteration) -> Iteration:
+    """Twelve measured pairs and one dropped by a rule. Their mean vectors lie in 3 places, their last ones in 4."""
+    ids = [f"{it.name}/0.{i}" for i in range(NUM_PAIRS + 1)]
+    pairs = [{"id": i, "instruction": i, "input": "", "output": "x", "finish_reason": "stop"} for i in ids]
+    found = [{"verdict": "dropped", "reason": "url"}] + [{"verdict": "kept", "reason": None}] * NUM_PAIRS
+    sealed(it.file("instructions.jsonl"), [pair | found[-1] | {"most_similar": []} for pair in pairs])
+    sealed(it.file("answers.jsonl"), [pair | judged for pair, judged in zip(pairs, found)])
+    measures = [{"id": row_id, "output_ppl": 2.0, "pair_ppl": 20.0 - i} for i, row_id in enumerate(ids[1:])]
+    sealed(it.file("measures.jsonl"), measures)
+    noise = 0.1 * torch.randn(NUM_PAIRS, 5, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(NUM_PAIRS)[:, None]
+    save_file({"mean": noise + 10 * (places % 3), "last": noise + 10 * (places % 4)}, it.file("vectors.safetensors"))
+    return it
+
+
+def clusters_of(it: Iteration) -> list[int]:
+    return [row["cluster"] for row in read_sealed(it.file("selected.jsonl")) if "cluster" in row]
+
+
+def kept_of(it: Iteration) -> list[int]:
+    """Places of the kept rows among the measured ones."""
+    rows = [row for row in read_sealed(it.file("selected.jsonl")) if row["stage"] == "select"]
+    return [i for i, row in enumerate(rows) if row["verdict"] == "kept"]
+
+
+@pytest.mark.parametrize(("pooling", "num_clusters"), [("mean", 3), ("last", 4)])
+def test_density_keeps_one_pair_of_each_cluster_of_the_pooled_vectors(
+    tmp_path: Path, pooling: str, num_clusters: int
+) -> None:
+    it = with_vectors(iteration(tmp_path))
+    select(it, SelectConfig(method="density", num_clusters=num_clusters), (), pooling)
+    labels = clusters_of(it)
+    assert len(labels) == NUM_PAIRS and len({(k, i % num_clusters) for i, k in enumerate(labels)}) == num_clusters
+    assert sorted(i % num_clusters for i in kept_of(it)) == list(range(num_clusters))
+    assert len(json.loads(it.file("dataset.json").read_text())) == num_clusters
+    assert stage_counts(it.folder, "select")["- same_cluster"] == NUM_PAIRS - num_clusters
+    first = read_sealed(it.file("selected.jsonl"))[0]
+    assert (first["stage"], first["reason"]) == ("answer", "url") and "cluster" not in first
+
+
+def test_density_ppl_keeps_the_lowest_pair_ppl(tmp_path: Path) -> None:
+    it = with_vectors(iteration(tmp_path))
+    select(it, SelectConfig(method="density_ppl", num_clusters=3), ())
+    assert kept_of(it) == [9, 10, 11]  # the perplexities fall from row to row
+
+
+def test_seed_and_iteration_are_in_the_draw(tmp_path: Path) -> None:
+    drawn = set()
+    for seed in range(4):
+        for number in (1, 2):
+            it = with_vectors(iteration(tmp_path / str(seed), number, seed=seed))
+            select(it, DENSITY, ())
+            drawn.add(tuple(kept_of(it)))
+    assert len(drawn) > 3
+
+
+def test_stopped_while_it_clusters_it_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    whole, it = with_vectors(iteration(tmp_path / "whole")), with_vectors(iteration(tmp_path / "stopped"))
+    select(whole, DENSITY, ())
+    monkeypatch.setattr(module, "kmeans", stop)
+    with pytest.raises(Stopped):
+        select(it, DENSITY, ())
+    monkeypatch.setattr(module, "kmeans", kmeans)
+    select(it, DENSITY, ())
+    assert folder_bytes(it.folder) == folder_bytes(whole.folder)
+    monkeypatch.setattr(module, "kmeans", stop)  # what is sealed is not clustered again
+    select(it, DENSITY, ())
+
+
+def test_fewer_pairs_than_clusters_is_one_sentence_and_a_first_iteration_goes_on(tmp_path: Path) -> None:
+    it = with_vectors(iteration(tmp_path))
+    before = folder_bytes(it.folder)
+    with pytest.raises(UserError, match=r"12 pairs cannot fill select\.num_clusters = 13: give at most 12, .*toml"):
+        select(it, SelectConfig(method="density", num_clusters=13), ())
+    assert folder_bytes(it.folder) == before
+    select(it, SelectConfig(method="density", num_clusters=12), ())
+    assert kept_of(it) == list(range(12))
+    later = with_vectors(iteration(tmp_path, 2))
+    with pytest.raises(UserError, match=r"iter2: 12 pairs .* with another --out; everything .* stays in"):
+        select(later, SelectConfig(method="density", num_clusters=13), ())
+
+
+def test_what_was_clustered_is_not_taken_for_other_vectors(tmp_path: Path) -> None:
+    it = with_vectors(iteration(tmp_path))
+    select(it, DENSITY, ())
+    with pytest.raises(UserError, match=r"settings\.pooling \(mean, now last\)"):
+        select(it, DENSITY, (), "last")
+    save_file({"mean": torch.zeros(NUM_PAIRS, 5)}, it.file("vectors.safetensors"))
+    with pytest.raises(UserError, match=r"inputs\.vectors"):
+        select(it, DENSITY, ())
+
+
+@pytest.mark.parametrize("method", ["density", "density_ppl"])
+def test_nothing_to_cluster_is_counted_as_ever(tmp_path: Path, method: str) -> None:
+    it = iteration(tmp_path)
+    for name in ("instructions", "answers", "measures"):
+        sealed(it.file(f"{name}.jsonl"), [])
+    save_file({"mean": torch.zeros(0, 5)}, it.file("vectors.safetensors"))
+    with pytest.raises(UserError, match=r"no completion had one\): raise instruct.data_size"):
+        select(it, SelectConfig(method=method), ())
