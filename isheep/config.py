@@ -234,6 +234,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class AlarmConfig:
+    """When an iteration's data or training is reported as going wrong. Not in the paper, whose data would have rung."""
+
+    on_alarm: str = "warn"  # or "stop": the run ends, to be mended or gone on with under "warn"
+    min_survivors: int = 50  # rows that are left to train on
+    min_length_ratio: float = 0.5  # median words of the outputs, compared with iteration 1
+    max_duplicates: float = 0.02  # share of the instructions that repeat others
+    max_full_marks: float = 0.9  # share of tens among the quality scores
+    max_loss_ratio: float = 1.5  # the last loss of a training, compared with its best
+
+    def __post_init__(self) -> None:
+        _choose(self, "on_alarm", ("warn", "stop"))
+        _require(self, "min_survivors", self.min_survivors >= 0, "at least 0")
+        for name in ("min_length_ratio", "max_duplicates", "max_full_marks"):
+            _require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        _require(self, "max_loss_ratio", self.max_loss_ratio >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run of the loop (Algorithm 1): which model, where to, how often, and a section for each stage."""
 
@@ -244,6 +263,7 @@ class RunConfig:
     device: str = "auto"
     setting: str = "one_base"
     iterations: int | None = None  # None: the model preset's, 3 where there is none
+    patience: int | None = None  # iterations without a better validation loss, on each one's own rows; None: no end
     template: str | None = None  # None: the model preset's, or what the tokenizer's control tokens say
     seeds: str | None = None  # a file of seed tasks; None: the project's own 175
     paper_joins: bool = False  # instruction and input are joined as run: by "" to answer, " " to rate, "\n" to train
@@ -254,10 +274,12 @@ class RunConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    alarm: AlarmConfig = field(default_factory=AlarmConfig)
 
     def __post_init__(self) -> None:
         for name in ("model", "out"):
             _require(self, name, bool(getattr(self, name).strip()), "given")
+        _require(self, "patience", self.patience is None or self.patience >= 1, "at least 1")
         _require(self, "iterations", self.iterations is None or self.iterations >= 1, "at least 1")
         _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _choose(self, "dtype", DTYPES)

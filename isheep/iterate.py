@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from isheep.alarms import is_out_of_patience
 from isheep.session import Session
 from isheep.stages import Iteration
 from isheep.stages.answer import answer
@@ -63,10 +64,14 @@ def iterate(run: Session) -> None:
                 measure(it, model, tokenizer, cfg.measure, run.mesh)
         with run.stage(it, "select"):
             select(it, cfg.select, cfg.scores, cfg.measure.pooling, model.device)
+        run.alarms.look_at_data(it)
         with run.stage(it, "train"):
             train(it, model, tokenizer, run.template, setting.trained, setting.on(it), cfg.train, run.mesh)
         with run.stage(it, "show"):
             show(it, run.stream, tokenizer, run.template)
         earlier.append(it.file("instructions.jsonl"))
         print(write_summary(run.out))
+        run.alarms.look_at_training(it)
+        if is_out_of_patience(run.out, t, cfg.patience):
+            break
     run.free_cache()

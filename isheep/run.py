@@ -26,7 +26,16 @@ from isheep.text.seeds import load_seeds
 
 DEFAULT_ITERATIONS = 3  # the paper's, for all but its two largest models
 # A finished result does not depend on these, so a run may go on with others. More iterations prolong a run.
-MAY_CHANGE = ("out", "iterations", "device", "sampler", "train.checkpoint_steps", "train.gradient_checkpointing")
+MAY_CHANGE = (
+    "out",
+    "iterations",
+    "patience",
+    "alarm",
+    "device",
+    "sampler",
+    "train.checkpoint_steps",
+    "train.gradient_checkpointing",
+)
 PACKAGES = ("isheep", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
@@ -110,6 +119,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
             raise UserError(f'setting = "direct" is one iteration on all data, not {cfg.iterations}: leave it at 1.')
     if cfg.setting == "one_last" and cfg.train.weight_decay > 0:
         raise UserError('setting = "one_last" keeps what was trained before: train.weight_decay must be 0.')
+    if cfg.patience is not None and cfg.train.val_share == 0:
+        raise UserError(f"patience = {cfg.patience} needs validation losses: set train.val_share above 0.")
     select = cfg.select
     if select.method != "threshold" and not cfg.measure.enabled:
         needed = "vectors" if select.clusters else "perplexities"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from isheep.alarms import Alarms
 from isheep.cli import Opened
 from isheep.config import RunConfig
 from isheep.log import Events, log
@@ -28,6 +29,7 @@ class Session:
         self.model, self.tokenizer, self.template = opened.model, opened.tokenizer, opened.template
         self.mesh = opened.mesh
         self.events = Events(self.out / "events.jsonl")
+        self.alarms = Alarms(self.out, cfg.alarm, self.events)
         self._sampler: Sampler | Team | None = None
 
     @property

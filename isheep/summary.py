@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from isheep.alarms import health, read_data
 from isheep.artifacts import read_rows, write_atomic
 from isheep.config import ASSESS_LEVELS
 from isheep.stages import DROPPED, Row, kept, read_sealed
@@ -62,7 +63,20 @@ def select_counts(folder: Path) -> dict[str, Any]:
     rows = [row for row in read_sealed(folder / "selected.jsonl") if row["stage"] == "select"]
     pardoned = len([row for row in rows if row.get("pardoned")])
     against = {"kept against the rules": pardoned} if pardoned else {}
-    return {**_judged(rows), **against, **_lengths("output", rows)}
+    data = health(read_data(folder), [read_data(earlier) for earlier in _before(folder)])
+    return {
+        **_judged(rows),
+        **against,
+        **_lengths("output", rows),
+        "distinct word pairs, %": round(100 * data.distinct_2),
+        "repeated instructions": data.duplicates,
+        "quality scores of 10, %": None if data.full_marks is None else round(100 * data.full_marks),
+    }
+
+
+def _before(folder: Path) -> list[Path]:
+    """The folders of the iterations before this one."""
+    return [folder.parent / f"iter{t}" for t in range(1, int(folder.name.removeprefix("iter")))]
 
 
 def train_counts(folder: Path) -> dict[str, Any]:

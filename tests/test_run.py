@@ -187,6 +187,7 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--set", "assess.level=none"], "no score to test"),
         (["--set", "assess.prompt=icl", "--set", "assess.level=quality"], "a score of its own"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),
+        (["--set", "patience=1", "--set", "train.val_share=0"], "needs validation losses"),
         (["--seeds", "nowhere.jsonl"], r"cannot read nowhere\.jsonl"),
         (["--config", "nowhere.toml"], r"cannot read the configuration nowhere\.toml"),
         (["--adapter", "x"], "starts from the base model"),

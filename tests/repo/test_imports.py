@@ -15,6 +15,7 @@ LAYERS = (
     ("iterate", "plan", "report", "export"),
     ("session",),
     ("summary",),
+    ("alarms",),
     ("stages",),
     ("sampler", "train", "filter", "eval", "score"),
     ("cli",),
