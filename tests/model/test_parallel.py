@@ -15,7 +15,7 @@ from isheep.config import SamplerConfig, TrainConfig
 from isheep.mesh import ALONE, Mesh
 from isheep.model import parallel
 from isheep.model.batch import PackedBatch
-from isheep.model.lora import LoRAConfig, attach
+from isheep.model.lora import LoRAConfig, attach, load_adapter
 from isheep.model.transformer import Transformer
 from isheep.model.weights import load_model
 from isheep.sampler import team
@@ -24,7 +24,7 @@ from isheep.train.data import Example
 from tests.gloo import run_ranks
 from tests.paging import paged_batch, scattered_blocks
 from tests.sampler.test_engine import make_requests
-from tests.tiny import tiny_model, write_checkpoint
+from tests.tiny import tiny_model, transformers_twin, write_checkpoint
 from tests.train.test_trainer import examples
 
 PARTS = {"sample": team.follow, "score": score.follow, "train": trainer.follow}
@@ -198,6 +198,31 @@ def test_the_whole_circle_equals_the_single_process(alone: Any, tmp_path: Path, 
     assert_same_training(found, expected)
     assert found["tuned"] == expected["tuned"] != expected["base"]
     assert found["stayed"]
+
+
+def test_an_adapter_trained_on_four_ranks_loads_on_one_and_in_peft(alone: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    folder, rows, val_rows, _ = alone
+    run_ranks(train_only, 4, 1, folder / "model", tmp_path / "run", rows, val_rows)
+    model = tiny_model("qwen2_gqa_tied")
+    adapter = load_adapter(model, tmp_path / "run/adapter", "a")
+    assert max(pair.lora_B.abs().max().item() for pair in adapter.pairs.values()) > 1e-3
+    twin = transformers_twin(tiny_model("qwen2_gqa_tied"), tmp_path / "twin", "qwen2_gqa_tied")
+    theirs = peft.PeftModel.from_pretrained(twin, tmp_path / "run/adapter").eval()
+    ids = sequences()[2]
+    with torch.no_grad():
+        ours = model.logits(model(PackedBatch.pack([ids], "cpu", "a")))
+        assert torch.allclose(ours, theirs(torch.tensor([ids])).logits[0], atol=1e-4)
+
+
+def train_only(mesh: Mesh, folder: Path, out: Path, rows: list[Example], val_rows: list[Example]) -> None:
+    if not mesh.leads:
+        return obey(mesh, PARTS)
+    model = open_named(str(folder), "float32", "cpu", template="raw", mesh=mesh).model
+    adapter = attach(model, LoRAConfig(4, 8.0, 0.1), "a", 3)
+    trainer.train(model, adapter, rows, val_rows, TRAIN, out, 0, "tiny", mesh)
+    mesh.command("end")
+    return None
 
 
 def assert_same_training(found: dict[str, Any], expected: dict[str, Any]) -> None:
