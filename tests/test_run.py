@@ -1,6 +1,7 @@
 """The command: a run killed at any moment ends in the same bytes, and every mistake ends in one sentence."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from isheep import run
 from isheep.config import UserError
@@ -222,6 +225,28 @@ def test_flags_win_over_configurations_and_set_over_flags(given: Path) -> None:
     flags = ["--config", given / "tiny.toml", "--out", "x", "--seed", 5, "--dtype", "bfloat16", "--set", "seed=6"]
     cfg = run.resolve(run.parser().parse_args(words(given, *flags)))
     assert (cfg.seed, cfg.dtype, cfg.iterations, cfg.instruct.data_size) == (6, "bfloat16", 2, 16)
+
+
+def test_on_gpus_the_mesh_follows_from_their_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def shape(model: str, num_gpus: int, *more: str) -> tuple[int | None, int | None]:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        args = run.parser().parse_args(["--model", model, "--out", "x", *more])
+        return run.mesh_shape(run.resolve(args), args)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(logging.getLogger("isheep"), "propagate", True)
+    with caplog.at_level("INFO", "isheep"):
+        assert shape("qwen1.5-72b", 8) == (8, 1)
+    assert "--shard 8 --replicate 1" in caplog.text and "KV cache" in caplog.text
+    assert shape("qwen1.5-1.8b", 4) == (1, 4)
+    assert shape("qwen1.5-1.8b", 4, "--shard", "2") == (2, 2)
+    assert shape("qwen1.5-1.8b", 4, "--device", "cuda:0") == (1, 1), "one device is one rank"
+    with pytest.raises(UserError, match=r"qwen1\.5-72b does not fit on 1 GPU .* it fits on"):
+        shape("qwen1.5-72b", 1)
+    assert shape("qwen1.5-72b", 1, "--device", "cpu") == (None, None), "on a CPU the flags alone say"
 
 
 def test_direct_is_one_iteration_on_all_data() -> None:
