@@ -89,4 +89,5 @@ class Session:
     def _num_tokens(self) -> dict[str, int]:
         """What the sampler has computed so far."""
         stats = self._sampler.stats if self._sampler is not None else Stats()
-        return {"num_prefill_tokens": stats.num_prefill_tokens, "num_decode_tokens": stats.num_decode_tokens}
+        names = ("num_prefill_tokens", "num_cached_tokens", "num_decode_tokens")
+        return {name: getattr(stats, name) for name in names}

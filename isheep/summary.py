@@ -131,6 +131,8 @@ def _column(folder: Path, times: Mapping[tuple[str, str], Counter[str]]) -> dict
         spent = times.get((folder.name, stage), Counter())
         counts = stage_counts(folder, stage)
         if spent["num_decode_tokens"]:
+            prompts = spent["num_prefill_tokens"] + spent["num_cached_tokens"]
+            counts["prompt tokens from the cache, %"] = round(100 * spent["num_cached_tokens"] / max(prompts, 1))
             counts["output tokens/s"] = round(spent["num_decode_tokens"] / spent["seconds"])
         if spent:
             counts["seconds"] = round(spent["seconds"], 1)
@@ -144,7 +146,8 @@ def _times(events: Path) -> dict[tuple[str, str], Counter[str]]:
     for row in read_rows(events)[0]:  # a full disk may have torn a line
         if row["event"] in ("stage finished", "stage stopped"):
             spent = times.setdefault((f"iter{row['iteration']}", row["stage"]), Counter())
-            spent.update({name: row[name] for name in ("seconds", "num_decode_tokens")})
+            names = ("seconds", "num_decode_tokens", "num_prefill_tokens", "num_cached_tokens")
+            spent.update({name: row.get(name, 0) for name in names})
     return times
 
 

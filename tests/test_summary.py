@@ -26,7 +26,8 @@ def written(out: Path) -> Path:
     events = Events(out / "events.jsonl")
     (out / "events.jsonl").write_text('{"event": "stage st\n')  # torn by a full disk
     for status, seconds, tokens in (("stopped", 2.0, 60), ("finished", 3.0, 40)):
-        events.write(f"stage {status}", iteration=1, stage="instruct", seconds=seconds, num_decode_tokens=tokens)
+        counts = {"num_decode_tokens": tokens, "num_prefill_tokens": 30, "num_cached_tokens": 70}
+        events.write(f"stage {status}", iteration=1, stage="instruct", seconds=seconds, **counts)
     return folder
 
 
@@ -53,6 +54,7 @@ def test_the_table_adds_up_all_starts_and_leaves_out_what_is_not_done(tmp_path: 
     lines = [line.split("|") for line in text.split("\n") if line.startswith("|")]
     cells = {words.strip(): value.strip() for _, words, value, _ in lines}
     assert cells["instruct: seconds"] == "5.0" and cells["instruct: output tokens/s"] == "20"
+    assert cells["instruct: prompt tokens from the cache, %"] == "70"
     assert cells["answer: kept"] == "1" and not any(words.startswith("assess") for words in cells)
 
 
