@@ -142,7 +142,7 @@ class Sampler:
         return self.scheduler.has_work
 
     def check(self, request: Request) -> None:
-        """UserError where the request cannot be served: too long for the context or the cache, an unknown adapter."""
+        """UserError where the request cannot be served: too long for context or cache, an unknown adapter or token."""
         context = self.model.config.context_len
         if len(request.prompt_token_ids) >= context:
             raise UserError(
@@ -153,6 +153,12 @@ class Sampler:
             raise UserError(
                 f'Request "{request.id}" names the adapter "{request.adapter}", which is not loaded.'
                 f"{did_you_mean(request.adapter, self.model.adapters)}"
+            )
+        vocab_size = self.model.vocab.total if self.model.vocab else self.model.config.vocab_size
+        unknown = [token for token in request.params.allowed_token_ids or () if not 0 <= token < vocab_size]
+        if unknown:
+            raise UserError(
+                f'Request "{request.id}" allows the token {unknown[0]}, but the model\'s ids end at {vocab_size - 1}.'
             )
         self.scheduler.check(self._within_context(request))
 

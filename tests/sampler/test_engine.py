@@ -199,7 +199,9 @@ def test_context_ends_a_sample(model, tokenizer):
         Sampler(model, tokenizer).generate([Request("too long", (1,) * limit, params)])
 
 
-def test_unknown_adapter_and_no_memory(model, tokenizer):
+def test_unknown_adapter_or_token_and_no_memory(model, tokenizer):
+    with pytest.raises(UserError, match="the token 320, but the model's ids end at 319"):
+        Sampler(model, tokenizer).generate([Request("a", (1,), SamplingParams(allowed_token_ids=(3, 320)))])
     with pytest.raises(UserError, match=r'"three".*one'):
         Sampler(model, tokenizer).generate([Request("a", (1,), SamplingParams(), "three")])
     with pytest.raises(UserError, match="kv_cache_gib"):
