@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 TIMED = "train_summary.json"  # seconds and tokens/s are no result
 SMALLER = (
     *("dtype=float32", "instruct.data_size=24", "instruct.max_prompts=12", "instruct.max_tokens=200"),
-    *("answer.max_tokens=40", "select.threshold=0", "train.batch_size=1", "train.checkpoint_steps=2"),
+    *("answer.max_tokens=40", "select.threshold=0.5", "train.batch_size=1", "train.checkpoint_steps=2"),
 )
 
 
