@@ -72,7 +72,7 @@ class Watch:
         self._count = 0
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}  # by the clock, when a rank's count last changed
-        self._absent: tuple[float, int, dict[int, Beat]] | None = None  # when, in which collective, all beats
+        self._absent: tuple[float, list[int], dict[int, Beat]] | None = None  # since when no rank got on; all beats
         self._stop, self._wake = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._guard = threading.Thread(target=self._watch_store, name="guard", daemon=True)
@@ -209,16 +209,20 @@ class Watch:
                 self._name(self._beats[rank], *SILENT)
 
     def _look_for_absent(self) -> None:
-        """Where this main thread has waited too long in a collective: find who has not come, from two looks at all."""
-        if self._where != "collective" or self._clock - self._since <= self._limit(self._own_beat()):
+        """Where this main thread has waited too long in a collective, and no rank has got on: find who has not come.
+
+        Half the limit passes before others are looked at, and as much again without a step forward of any of them.
+        """
+        half_s = self._limit(self._own_beat()) / 2
+        if self._where != "collective" or self._clock - self._since <= half_s:
             self._absent = None
             return
-        if self._absent is None or self._absent[1] != self._progress:
-            self._absent = (self._clock, self._progress, self._read_beats(range(self.world_size)))
-        elif self._clock - self._absent[0] > 4 * self._period:
-            before, now = self._absent[2], self._read_beats(range(self.world_size))
-            if self._where == "collective" and self._absent[1] == self._progress:
-                self._judge(before, now)
+        now = self._read_beats(range(self.world_size))
+        steps = [beat.progress for beat in now.values()]
+        if self._absent is None or self._absent[1] != steps:
+            self._absent = (self._clock, steps, now)
+        elif self._clock - self._absent[0] > max(half_s, 4 * self._period) and self._where == "collective":
+            self._judge(self._absent[2], now)
 
     def _judge(self, before: dict[int, Beat], now: dict[int, Beat]) -> NoReturn:
         others = [beat for beat in now.values() if beat.rank != self.rank]

@@ -75,6 +75,11 @@ def run(folder: Path, mode: str, timeout_s: float, loading_s: float) -> None:
             raise MemoryError
         while step == 5 and me == 1 and mode == "hang":
             time.sleep(0.1)
+        if step == 5 and me == 1 and mode == "slow":  # a pass of many layers, for which the others wait
+            with watch.collective():
+                for _ in range(10):
+                    time.sleep(timeout_s / 5)
+                    watch.progress()
 
     work(watch, folder, ENDLESS if mode == "endless" else 40, at)
     ranks.shutdown()

@@ -109,7 +109,7 @@ def one_sentence(lines: list[str], *words: str) -> None:
 
 
 def test_a_slow_run_ends_well(start: Start) -> None:
-    """A follower that loads, and a driver that is busy, for longer than the time limit of collectives."""
+    """A follower that loads, a driver that is busy, a pass of many layers: each longer than collectives may wait."""
     command = start("slow", timeout_s=2.0).ready().signal(1, signal.SIGSTOP)
     time.sleep(command.timeout_s + 1)
     command.signal(1, signal.SIGCONT)
