@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -131,15 +131,54 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
+def adopt(seal: Path, others: Iterable[Path], names: Sequence[str], same: Callable[[Any], bool]) -> bool:
+    """Take a result that another run has sealed, the files `names` and then `seal`, where `same` says it is ours.
+
+    `others` are the folders where such a seal may lie. Tensors are linked where the disk can, texts are copied.
+    """
+    for folder in others:
+        try:
+            found = same(json.loads((folder / seal.name).read_bytes()))
+        except (OSError, ValueError):
+            continue
+        if found and all((folder / name).is_file() for name in names):
+            for name in (*names, seal.name):  # a kill in between leaves no seal, and all is taken anew
+                _take(folder / name, seal.parent / name)
+            log.info("%s: the same as in %s, taken from there", seal, folder)
+            return True
+    return False
+
+
+def _take(source: Path, target: Path) -> None:
+    """No file of tensors is ever written to in place, so two names may be one file; with any other one cannot know."""
+    with writes_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+    if source.suffix == ".safetensors":
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    write_atomic(target, source.read_bytes())
+
+
 class Journal:
     """One stage's append-only results: `<path>.part` while it grows, `<path>` and `<path>.seal` when done.
 
     `settings` are the plain values that the result depends on, `inputs` the files (by a short name) whose bytes count.
     If what is on disk was made with others, that is a UserError naming them: a file is never silently redone.
     `done` maps each key to its rows so far; it is empty once sealed, where `rows()` has the result.
+    A result that is not begun is taken from the first of `others`, folders of other runs, where the same is sealed,
+    with the files of `beside`, which were written with it.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], inputs: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Path] | None = None,
+        others: Iterable[Path] = (),
+        beside: Sequence[str] = (),
+    ) -> None:
         self.path = path
         self.part = path.with_name(path.name + ".part")
         self.seal_path = path.with_name(path.name + ".seal")
@@ -149,6 +188,8 @@ class Journal:
         self._file: Any = None
         self.done: dict[str, list[dict[str, Any]]] = {}
         self.sealed = self.seal_path.exists()
+        if not self.sealed and not self.part.exists():
+            self.sealed = adopt(self.seal_path, others, (*beside, path.name), self._is_mine)
         if self.sealed:
             self._rows = self._read_sealed()
             self.part.unlink(missing_ok=True)  # the kill came between the seal and this
@@ -208,6 +249,9 @@ class Journal:
                 f"{self.seal_path.name} to make it again."
             )
         return [json.loads(line) for line in self.path.read_bytes().split(b"\n") if line]
+
+    def _is_mine(self, seal: Mapping[str, Any]) -> bool:
+        return all(seal.get(name) == value for name, value in self._fingerprint.items())
 
     def _compare(self, found: Mapping[str, Any], file: Path) -> None:
         """UserError when `found`, a seal or a .part header, was made from other settings or inputs."""

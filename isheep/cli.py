@@ -62,8 +62,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
-    parser.add_argument("--shard", type=int, help="ranks that hold one copy of the weights; default: from the memory")
-    parser.add_argument("--replicate", type=int, help="copies of the weights; default: as many as there are GPUs for")
+    parser.add_argument("--shard", type=int, help="ranks that hold one copy of the weights (see the README on GPUs)")
+    parser.add_argument("--replicate", type=int, help="copies of the weights, each on ranks of its own")
     _add_rank_args(parser)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be given several times"
@@ -139,6 +139,8 @@ def assemble(
     for flag, value in (("--shard", shard), ("--replicate", replicate)):
         if value is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, not {value}.")
+    if timeout_s <= 0:
+        raise UserError(f"--rank-timeout must be above 0 seconds, not {timeout_s:g}.")
     world = ranks.world_size()
     shard = shard or max(1, world // (replicate or 1))
     replicate = replicate or max(1, world // shard)
@@ -265,7 +267,7 @@ def _follow(parts: Parts) -> int:
 
 def obey(mesh: "Mesh", parts: Parts) -> None:
     """A follower's loop: its part in whatever the leader commands."""
-    parts = {"adapter": _take_adapter, **parts}
+    parts = {"adapter": _take_adapter, "withdraw": _withdraw_adapter, **parts}
     opened: Opened | None = None
     while (call := mesh.share())[0] != "end":
         name, payload = call
@@ -279,6 +281,12 @@ def _take_adapter(opened: Opened, mesh: "Mesh", **adapter: Any) -> None:
     from isheep.model.parallel import take_adapter
 
     take_adapter(opened.model, **adapter)
+
+
+def _withdraw_adapter(opened: Opened, mesh: "Mesh", name: str) -> None:
+    from isheep.model.lora import detach
+
+    detach(opened.model, name)
 
 
 def _sentence(error: Exception) -> str | None:

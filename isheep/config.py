@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from isheep.loading import (  # noqa: F401  diff, settings and to_toml are offered here too: one import for a config
+from isheep.loading import (  # noqa: F401  as_overrides, diff, settings and to_toml are offered here too: one import for a config
     UserError,
+    as_overrides,
     did_you_mean,
     diff,
     load_config,

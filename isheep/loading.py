@@ -56,6 +56,15 @@ def to_toml(cfg: Any) -> str:
     return "\n".join(_toml_lines(settings(cfg), ())) + "\n"
 
 
+def as_overrides(layer: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A nested layer of settings as "section.key=value" texts, which `load_config` reads back."""
+    texts = []
+    for name, value in layer.items():
+        nested = isinstance(value, Mapping)
+        texts += as_overrides(value, f"{prefix}{name}.") if nested else [f"{prefix}{name}={_toml_value(value)}"]
+    return texts
+
+
 def diff(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two nested dicts, or that only one of them has; sorted."""
     keys: list[str] = []

@@ -134,13 +134,14 @@ def _signal_name(number: int) -> str:
 
 
 def _stage(out: Path | None, since: float) -> str:
-    """The stage that the run in `out` has last started, after the time `since`."""
-    stage = LOADING
-    with suppress(OSError, ValueError):  # a kill may have torn the last line
-        for line in (out / "events.jsonl").read_text().splitlines() if out else []:
-            event = json.loads(line)
-            if event["event"] == "stage started" and event["time_s"] >= since - 1:
-                stage = f"{event['stage']} of iteration {event['iteration']}"
+    """The stage that the run in `out`, or one of the grid in `out`, has last started, after the time `since`."""
+    stage, latest = LOADING, since - 1
+    for file in (out / "events.jsonl", *out.glob("*/events.jsonl")) if out else ():
+        with suppress(OSError, ValueError):  # a kill may have torn the last line
+            for line in file.read_text().splitlines():
+                event = json.loads(line)
+                if event["event"] == "stage started" and event["time_s"] >= latest:
+                    stage, latest = f"{event['stage']} of iteration {event['iteration']}", event["time_s"]
     return stage
 
 

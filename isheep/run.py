@@ -4,6 +4,10 @@
 
 Settings come from each --config, then the flags, then --set; what is left are the paper's. The run folder gets
 config.toml and env.json before the first token. Stopped at any moment, the same command goes on where it was.
+
+    python -m isheep.run --recipe threshold --model qwen1.5-72b --dry-run
+
+runs a table or figure of the paper, a grid of runs that share what they have in common; --dry-run says what it would.
 """
 
 import argparse
@@ -12,10 +16,11 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from isheep import ranks
 from isheep.artifacts import write_atomic
@@ -23,6 +28,11 @@ from isheep.cli import Opened, Parts, add_model_args, assemble, open_named, pick
 from isheep.config import DIRECT, RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
 from isheep.log import log
 from isheep.text.seeds import load_seeds
+
+if TYPE_CHECKING:
+    from isheep.recipes import Recipe
+    from isheep.sampler.store import Store
+    from isheep.session import Session
 
 DEFAULT_ITERATIONS = 3  # the paper's, for all but its two largest models
 # A finished result does not depend on these, so a run may go on with others. More iterations prolong a run.
@@ -49,26 +59,108 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="the run folder, continued where it stands; default runs/MODEL")
     p.add_argument("--setting", help="what each iteration trains, on which data (default one_base)")
     p.add_argument("--iterations", type=int, help="default: the paper's number for this model")
+    p.add_argument("--recipe", help="a grid of runs: a name from configs/recipes, or a TOML file")
+    p.add_argument("--scale", type=float, help="a recipe's sizes are multiplied by this: 0.01 for a small try")
+    p.add_argument("--dry-run", action="store_true", help="print a recipe's runs, what they share and what they cost")
     p.add_argument("--seeds", help="JSONL of seed tasks; default: the project's own 175")
     return p
 
 
-def main() -> None:
+def main() -> int | None:
     args = parser().parse_args()
     if args.adapter:
         raise UserError("a run starts from the base model: --adapter has no place here, leave it out.")
+    if args.recipe is not None:
+        return run_recipe(args)
+    if args.scale is not None or args.dry_run:
+        raise UserError("--scale and --dry-run are for a grid of runs: name one with --recipe.")
     cfg = against_folder(resolve(args))
-    seeds = Path(cfg.seeds) if cfg.seeds else data_path("seeds", "seed_tasks.jsonl")
-    load_seeds(seeds)  # now, so that a mistake in the file does not wait for the model
-    mesh = assemble(*mesh_shape(cfg, args), cfg.device, args.rank_timeout, Path(cfg.out))
-    opened = open_named(cfg.model, cfg.dtype, cfg.device, template=cfg.template, mesh=mesh)
+    opened = open_for(cfg, args, Path(cfg.out))
+    _iterate(start(cfg, opened))
+    return None
+
+
+def open_for(cfg: RunConfig, args: argparse.Namespace, out: Path) -> Opened:
+    """The run's model, on all of its ranks; a mistake in the seeds does not wait for it."""
+    load_seeds(seed_file(cfg))
+    mesh = assemble(*mesh_shape(cfg, args), cfg.device, args.rank_timeout, out)
+    return open_named(cfg.model, cfg.dtype, cfg.device, template=cfg.template, mesh=mesh)
+
+
+def seed_file(cfg: RunConfig) -> Path:
+    return Path(cfg.seeds) if cfg.seeds else data_path("seeds", "seed_tasks.jsonl")
+
+
+def start(cfg: RunConfig, opened: Opened, others: Sequence[Path] = (), store: "Store | None" = None) -> "Session":
+    """The run, with its settings and its plan written down; `others` and `store`: see `Session`."""
+    from isheep.session import Session
+
     cfg = replace(cfg, template=opened.template.name)
     env = environment(opened)
     write_atomic(Path(cfg.out) / "config.toml", to_toml(cfg))
     write_atomic(Path(cfg.out) / "env.json", json.dumps(env, indent=1) + "\n")
-    for line in plan(cfg, opened, seeds, env):
+    for line in plan(cfg, opened, seed_file(cfg), env):
         log.info(line)
-    _iterate(cfg, opened, seeds, env)
+    session = Session(cfg, opened, seed_file(cfg), others, store)
+    session.events.write("run started", **env)
+    return session
+
+
+def _iterate(session: "Session") -> None:
+    from isheep.iterate import iterate
+
+    iterate(session)
+    session.events.write("run finished")
+
+
+def run_recipe(args: argparse.Namespace) -> int:
+    """Run the cells of a recipe -> 0, or 2 where every one of them failed."""
+    from isheep.recipes import get, grid_lines, load_recipe
+
+    recipe = load_recipe(args.recipe)
+    default = {"out": f"runs/{recipe.name}/{Path(args.model).name}"}
+    cells = {name: resolve(args, default | recipe.base, texts) for name, texts in recipe.overrides().items()}
+    root = Path(next(iter(cells.values())).out)
+    cells = {name: _cell(cfg, root / name, args.scale) for name, cfg in cells.items()}
+    for key in ("model", "dtype", "device", "template"):
+        if len(values := {str(get(cfg, key)) for cfg in cells.values()}) > 1:
+            raise UserError(f"the cells of a recipe share one model: {key} cannot be {' and '.join(sorted(values))}.")
+    if not ranks.launched_here():  # else the process that started the ranks has said it
+        print("\n".join(grid_lines(recipe, cells, args.scale)))
+    if args.dry_run:
+        return 0
+    cells = {name: against_folder(cfg) for name, cfg in cells.items()}
+    longest = max(cells.values(), key=lambda cfg: cfg.iterations or 0)
+    return _run_grid(recipe, cells, root, open_for(longest, args, root))
+
+
+def _cell(cfg: RunConfig, out: Path, scale: float | None) -> RunConfig:
+    from isheep.recipes import scaled
+
+    return replace(scaled(cfg, scale) if scale is not None else cfg, out=str(out))
+
+
+def _run_grid(recipe: "Recipe", cells: Mapping[str, RunConfig], root: Path, opened: Opened) -> int:
+    """All cells on the opened model; results.json and results.md in `root` say what came of them."""
+    from isheep.grid import FINISHED, report, run_cells
+    from isheep.sampler.store import Store
+
+    one = next(iter(cells.values()))
+    folders = [Path(cfg.out) for cfg in cells.values()]
+    store = Store(root / "completions.jsonl", one.model, one.dtype, opened.template.name)
+    try:
+        outcomes = run_cells(
+            cells,
+            lambda cfg: start(cfg, opened, [folder for folder in folders if folder != Path(cfg.out)], store),
+            _iterate,
+            root / "results.json",
+        )
+    finally:
+        store.close()
+    text = report(recipe, one.model, outcomes)
+    write_atomic(root / "results.md", text)
+    print(text)
+    return 0 if any(outcome["status"] == FINISHED for outcome in outcomes.values()) else 2
 
 
 def mesh_shape(cfg: RunConfig, args: argparse.Namespace) -> tuple[int | None, int | None]:
@@ -97,24 +189,18 @@ def mesh_shape(cfg: RunConfig, args: argparse.Namespace) -> tuple[int | None, in
     return chosen.shard, chosen.replicate
 
 
-def _iterate(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> None:
-    from isheep.iterate import iterate
-    from isheep.session import Session
+def resolve(args: argparse.Namespace, default: Mapping[str, Any] | None = None, cell: Sequence[str] = ()) -> RunConfig:
+    """The run's settings, the number of iterations included; the template may still be the model's to say.
 
-    session = Session(cfg, opened, seeds)
-    session.events.write("run started", **env)
-    iterate(session)
-    session.events.write("run finished")
-
-
-def resolve(args: argparse.Namespace) -> RunConfig:
-    """The run's settings, the number of iterations included; the template may still be the model's to say."""
+    `default` is what a configuration may change, `cell` are a recipe's "key=value" texts, which nothing may.
+    """
     names = ("model", "out", "dtype", "device", "seed", "setting", "iterations", "seeds")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    default = {"out": f"runs/{Path(args.model).name}"}
-    cfg = load_config(RunConfig, default, *args.config, flags, overrides=args.set)
+    default = {"out": f"runs/{Path(args.model).name}"} | dict(default or {})
+    overrides = [*args.set, *cell]
+    cfg = load_config(RunConfig, default, *args.config, flags, overrides=overrides)
     if cfg.setting == "direct":
-        cfg = load_config(RunConfig, default, DIRECT, *args.config, flags, overrides=args.set)
+        cfg = load_config(RunConfig, default, DIRECT, *args.config, flags, overrides=overrides)
         if cfg.iterations != 1:
             raise UserError(f'setting = "direct" is one iteration on all data, not {cfg.iterations}: leave it at 1.')
     if cfg.setting == "one_last" and cfg.train.weight_decay > 0:

@@ -5,16 +5,19 @@ costs nothing, and the cache is never in the trainer's way. Base weights stay wh
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from isheep.alarms import Alarms
+from isheep.artifacts import sha256_file
 from isheep.cli import Opened
 from isheep.config import RunConfig
 from isheep.log import Events, log
+from isheep.model.parallel import withdraw_adapter
 from isheep.sampler.engine import Sampler, Stats
 from isheep.sampler.request import Completion, Request
+from isheep.sampler.store import Store
 from isheep.sampler.team import Team, start_sampler
 from isheep.stages import Iteration
 from isheep.summary import stage_counts
@@ -22,12 +25,17 @@ from isheep.text.templates import template
 
 
 class Session:
-    """`seeds` is the file of seed tasks. `cfg.iterations` and `cfg.template` are resolved."""
+    """`seeds` is the file of seed tasks. `cfg.iterations` and `cfg.template` are resolved.
 
-    def __init__(self, cfg: RunConfig, opened: Opened, seeds: Path) -> None:
+    `others` are folders of runs whose results are taken where they are the same, `store` has completions of theirs.
+    """
+
+    def __init__(
+        self, cfg: RunConfig, opened: Opened, seeds: Path, others: Sequence[Path] = (), store: Store | None = None
+    ) -> None:
         self.cfg, self.seeds, self.out = cfg, seeds, Path(cfg.out)
         self.model, self.tokenizer, self.template = opened.model, opened.tokenizer, opened.template
-        self.mesh = opened.mesh
+        self.mesh, self.others, self.store = opened.mesh, others, store
         self.events = Events(self.out / "events.jsonl")
         self.alarms = Alarms(self.out, cfg.alarm, self.events)
         self._sampler: Sampler | Team | None = None
@@ -52,21 +60,38 @@ class Session:
             adapter=None if first else before.name,
             adapter_folder=None if first else before / "adapter",
             paper_joins=self.cfg.paper_joins,
+            others=tuple(out / f"iter{number}" for out in self.others),
         )
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions as they finish; see `Sampler.stream`."""
+        if self.store is None:
+            yield from self._sample(requests)
+        else:
+            yield from self.store.stream(requests, self._sample, self.cfg.seed, self._adapter_digest)
+
+    def _sample(self, requests: Iterable[Request]) -> Iterator[Completion]:
         if self._sampler is None:
             ends = self.template.stop_token_ids(self.tokenizer)
             cfg = self.cfg
             self._sampler = start_sampler(self.model, self.tokenizer, cfg.sampler, cfg.seed, ends, self.mesh)
         yield from self._sampler.stream(requests)
 
+    def _adapter_digest(self, name: str) -> str:
+        """Of an adapter of this run, which is named after its iteration."""
+        return sha256_file(self.out / name / "adapter" / "adapter_model.safetensors")
+
     def free_cache(self) -> None:
         """Drop the sampler's key/value cache; the next request makes a new one."""
         if self._sampler is not None:
             self._sampler.close()
             self._sampler = None
+
+    def close(self) -> None:
+        """Leave the model as it was opened, for the next session."""
+        self.free_cache()
+        for name in list(self.model.adapters):
+            withdraw_adapter(self.model, name, self.mesh)
 
     @contextmanager
     def stage(self, it: Iteration, name: str) -> Iterator[None]:

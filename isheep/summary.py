@@ -115,13 +115,18 @@ def stage_counts(folder: Path, stage: str) -> dict[str, Any]:
 
 def write_summary(out: Path) -> str:
     """Make out/summary.md from what is in the folder -> its text."""
-    folders = [f for f in out.glob("iter*") if f.name.removeprefix("iter").isdecimal()]
-    folders.sort(key=lambda f: int(f.name.removeprefix("iter")))
+    folders = iterations(out)
     times = _times(out / "events.jsonl")
     columns = [_column(folder, times) for folder in folders]
-    text = f"# {out.name}\n\n{_table([f.name for f in folders], columns)}\n{_samples(folders)}"
+    text = f"# {out.name}\n\n{_by_stage([f.name for f in folders], columns)}\n{_samples(folders)}"
     write_atomic(out / "summary.md", text)
     return text
+
+
+def iterations(out: Path) -> list[Path]:
+    """The folders of a run's iterations, in order."""
+    folders = [f for f in out.glob("iter*") if f.name.removeprefix("iter").isdecimal()]
+    return sorted(folders, key=lambda f: int(f.name.removeprefix("iter")))
 
 
 def _column(folder: Path, times: Mapping[tuple[str, str], Counter[str]]) -> dict[str, Any]:
@@ -151,13 +156,17 @@ def _times(events: Path) -> dict[tuple[str, str], Counter[str]]:
     return times
 
 
-def _table(names: list[str], columns: list[dict[str, Any]]) -> str:
-    """Markdown that is also aligned for a terminal; a row for everything that any iteration has, in stage order."""
+def _by_stage(names: list[str], columns: list[dict[str, Any]]) -> str:
+    """A row for everything that any iteration has, in stage order."""
     words = [w for stage in STAGES for w in dict.fromkeys(w for c in columns for w in c) if w.startswith(f"{stage}: ")]
-    lines = [["", *names], *([w, *(_shown(column.get(w)) for column in columns)] for w in words)]
+    return table([["", *names], *([w, *(_shown(column.get(w)) for column in columns)] for w in words)])
+
+
+def table(lines: list[list[str]]) -> str:
+    """Markdown that is also aligned for a terminal; the head is the first of `lines`."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in ruled]
     return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
 

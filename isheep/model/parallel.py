@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from isheep.mesh import Mesh
 from isheep.model.config import ModelConfig
 from isheep.model.layers import Linear
-from isheep.model.lora import Adapter, LoRAConfig, LoRAPair, adapter_tensors, attach, fill_adapter
+from isheep.model.lora import Adapter, LoRAConfig, LoRAPair, adapter_tensors, attach, detach, fill_adapter
 from isheep.model.transformer import TokenTable, Transformer
 
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -244,6 +244,13 @@ def share_adapter(adapter: Adapter, mesh: Mesh) -> None:
     if mesh.size > 1:
         tensors = {key: tensor.cpu() for key, tensor in adapter_tensors(adapter).items()}
         mesh.command("adapter", name=adapter.name, config=adapter.config, tensors=tensors)
+
+
+def withdraw_adapter(model: Transformer, name: str, mesh: Mesh) -> None:
+    """Take an adapter off the model, on every rank; a follower's own part is `detach`."""
+    detach(model, name)
+    if mesh.size > 1:
+        mesh.command("withdraw", name=name)
 
 
 def take_adapter(model: Transformer, name: str, config: LoRAConfig, tensors: dict[str, Tensor]) -> None:

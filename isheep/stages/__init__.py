@@ -5,7 +5,7 @@ it can be stopped at any moment and finds what is done when it is called again. 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,9 @@ class Iteration:
     adapter: str | None = None
     adapter_folder: Path | None = None
     paper_joins: bool = False  # instruction and input are joined as the paper ran it: by "" to answer, " " to rate
+    others: tuple[
+        Path, ...
+    ] = ()  # this iteration's folders in other runs, whose results are taken where they are the same
 
     @property
     def name(self) -> str:
@@ -50,13 +53,18 @@ class Iteration:
     def file(self, name: str) -> Path:
         return self.folder / name
 
-    def journal(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, Path]) -> Journal:
-        """The journal of one result. Model and seed, which every result depends on, are in its fingerprint."""
+    def journal(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, Path], beside: Sequence[str] = ()
+    ) -> Journal:
+        """The journal of one result, which is written with the files `beside`.
+
+        Model and seed, which every result depends on, are in its fingerprint.
+        """
         who = {"model": self.model, "dtype": self.dtype, "seed": self.seed, "adapter": self.adapter}
         inputs = dict(inputs)
         if self.adapter_folder is not None:
             inputs["adapter"] = self.adapter_folder / "adapter_model.safetensors"
-        return Journal(self.file(name), {**who, **settings}, inputs)
+        return Journal(self.file(name), {**who, **settings}, inputs, self.others, beside)
 
     def fits(self, prompt_token_ids: list[int]) -> bool:
         """Whether the model's context has room for this prompt and at least one token more."""

@@ -25,7 +25,7 @@ def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: Measur
     file = it.file("answers.jsonl")
     what = {"join": JOIN, "batch_tokens": cfg.batch_tokens}
     vectors = it.file("vectors.safetensors")
-    with it.journal("measures.jsonl", what, {"answers": file}) as journal:
+    with it.journal("measures.jsonl", what, {"answers": file}, [vectors.name]) as journal:
         if not journal.sealed:
             _measure(it, model, tokenizer, cfg, mesh, kept(read_sealed(file)), vectors, journal)
     part_of(vectors).unlink(missing_ok=True)

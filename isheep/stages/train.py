@@ -44,4 +44,4 @@ def train(
     rows = [row for path in datasets for row in json.loads(path.read_bytes())]
     examples, val_examples, _ = prepare(rows, template, tokenizer, cfg, it.seed)
     adapter = start(model, it, cfg)
-    trainer.train(model, adapter, examples, val_examples, cfg, it.folder, it.seed, it.model, mesh)
+    trainer.train(model, adapter, examples, val_examples, cfg, it.folder, it.seed, it.model, mesh, it.others)

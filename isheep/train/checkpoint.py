@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 
-from isheep.artifacts import canonical_json, write_atomic, writes_to
+from isheep.artifacts import adopt, canonical_json, write_atomic, writes_to
 from isheep.config import TrainConfig, UserError, diff, settings
 from isheep.model.lora import Adapter, adapter_tensors, fill_adapter
 
 # Settings that change when or where something is computed, but no result.
 NO_RESULT = ("checkpoint_steps", "gradient_checkpointing")
+# What a finished training leaves, besides its seal.
+TRAINED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train_log.jsonl")
 
 
 @dataclass
@@ -56,12 +58,17 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Checkpoint:
-    """The files of one training in `out`. `made_from` is its fingerprint; another one on disk is a UserError."""
+    """The files of one training in `out`. `made_from` is its fingerprint; another one on disk is a UserError.
 
-    def __init__(self, out: Path, made_from: Mapping[str, Any]) -> None:
+    A training that is not begun is taken from the first of `others`, folders of other runs, that has the same.
+    """
+
+    def __init__(self, out: Path, made_from: Mapping[str, Any], others: Iterable[Path] = ()) -> None:
         self.path = out / "checkpoint.safetensors"
         self.seal_path = out / "train_summary.json"
         self.made_from = made_from
+        if not self.seal_path.exists() and not self.path.exists():
+            adopt(self.seal_path, others, TRAINED, lambda seal: seal.get("made_from") == made_from)
 
     def sealed(self) -> dict[str, Any] | None:
         """The summary of a training that is finished; None where there is none."""

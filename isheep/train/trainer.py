@@ -8,8 +8,8 @@ import hashlib
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def train(
     seed: int,
     base_model: str,
     mesh: Mesh = ALONE,
+    others: Iterable[Path] = (),
 ) -> TrainSummary:
     """Train `adapter` in place, on all ranks of the mesh.
 
@@ -65,13 +66,14 @@ def train(
 
     writes  out/adapter/ (PEFT's format), out/train_log.jsonl (one row a step, the same bytes however often the run was
             stopped), out/train_summary.json (the seal); out/checkpoint.safetensors while it is not finished
-    A finished training is read back and not repeated. Raises UserError where `out` was made from other settings or
-    rows, where a row is longer than the model's context, and where the loss is no longer a number.
+    A finished training is read back and not repeated, also one of the `others`, which are folders like `out`. Raises
+    UserError where `out` was made from other settings or rows, where a row is longer than the model's context, and
+    where the loss is no longer a number.
     """
     _check(model, [*train_examples, *val_examples])
     rows = {"train": data.fingerprint(train_examples), "validation": data.fingerprint(val_examples)}
     run = {"seed": seed, "base_model": base_model, "dtype": str(model.dtype).removeprefix("torch.")}
-    checkpoint = Checkpoint(out, fingerprint(cfg, adapter, rows=rows, **run))
+    checkpoint = Checkpoint(out, fingerprint(cfg, adapter, rows=rows, **run), others)
     sealed = checkpoint.sealed()
     if sealed is not None:
         log.info("%s is trained already: %d steps", out, sealed["num_steps"])
@@ -96,7 +98,7 @@ def follow(opened: Opened, mesh: Mesh, name: str, config: LoRAConfig, **what: An
     adapter = opened.model.adapters.get(name) or attach(opened.model, config, name)
     trainer = Trainer(opened.model, adapter, **what, mesh=mesh)
     trainer.align()
-    with trainer.training():
+    with trainer.training(), suppress(UserError):  # the leader meets the same one, and says it
         for step in trainer.steps[trainer.state.step :]:
             trainer.step(step)
             if trainer.is_evaluated(step):

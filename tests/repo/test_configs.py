@@ -11,7 +11,7 @@ from isheep.text.templates import TEMPLATES, template
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "../shared/data/model_configs/table.json"
-RUNS = [path for path in sorted((ROOT / "configs").rglob("*.toml")) if path.parent.name != "models"]
+RUNS = [p for p in sorted((ROOT / "configs").rglob("*.toml")) if p.parent.name not in ("models", "recipes")]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 # From the top down. A module may import from its own part and from layers below; parts of one layer never meet.
 LAYERS = (
     ("run",),
-    ("iterate", "plan", "report", "export"),
-    ("session",),
+    ("iterate", "plan", "report", "export", "grid"),
+    ("session", "recipes"),
     ("summary",),
     ("alarms",),
     ("stages",),
