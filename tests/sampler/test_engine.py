@@ -19,9 +19,10 @@ from tests.tiny_tokenizer import write_tiny_tokenizer
 @pytest.fixture(scope="module")
 def model():
     model = tiny_model("llama_gqa")
+    generator = torch.Generator().manual_seed(0)
     for name in ("one", "two"):
-        for parameter in attach(model, LoRAConfig(), name, seed=len(name)).parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        for parameter in attach(model, LoRAConfig(), name).parameters():
+            parameter.data.normal_(0, 0.3, generator=generator)
     return model
 
 
