@@ -104,6 +104,7 @@ def open_named(
     mesh = mesh or ALONE
     mesh.command("open", name=model, dtype=dtype, device=device, template=template)
     opened = _open(model, dtype, device, template, mesh)
+    mesh.enter("after loading")  # the watch is strict from here on; a run names its stages itself
     for name, folder in named:
         share_adapter(load_adapter(opened.model, folder, name), mesh)
     return replace(opened, adapters=names)

@@ -101,11 +101,26 @@ def test_a_rank_that_fails_in_any_stage_ends_all_and_the_run_goes_on(
     assert_same_run(out, alone, iterations=1)
 
 
+def test_a_stopped_rank_ends_a_command_without_stages_too(given: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The patience of loading is over once the model is there."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "amber {i}"}}\n' for i in range(8)))
+    flags = ["--prompts", "rows.jsonl", "--out", "out.jsonl", "--max-tokens", "3000", "--ignore-eos"]
+    line = [sys.executable, "-m", "isheep.sampler", "--model", str(given / "parrot"), "--dtype", "float32", *flags]
+    mark = str(tmp_path)
+    with two_ranks([*line, "--shard", "2", "--rank-timeout", "3"], mark, tmp_path) as process:
+        while process.poll() is None and not (tmp_path / "out.jsonl").exists():
+            time.sleep(0.01)
+        os.kill(ranks_of(mark)[1], signal.SIGSTOP)
+        _, err = process.communicate(timeout=60)
+    told = [row for row in err.splitlines() if "rank 1" in row]
+    assert process.returncode == 3 and len(told) == 1 and "for 3 s in stage after loading" in told[0], err
+
+
 @contextmanager
-def two_ranks(line: list[str], mark: str) -> Iterator[subprocess.Popen[str]]:
+def two_ranks(line: list[str], mark: str, cwd: Path | None = None) -> Iterator[subprocess.Popen[str]]:
     """The command, of which nothing is left at the end; `mark` is in the environment of all its processes."""
     env = {**ENV, MARK: mark}
-    process = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(line, env=env, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         yield process
         assert ranks_of(mark) == {}, "a rank outlived its launcher"
