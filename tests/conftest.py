@@ -5,7 +5,7 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402  after the thread count, which it reads
+import torch  # after the thread count, which it reads
 
 if not torch.cuda.is_available():  # read when a kernel is decorated: Triton's kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
