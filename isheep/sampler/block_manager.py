@@ -69,14 +69,23 @@ class BlockManager:
         return 1 - self.num_free_blocks / self.num_blocks
 
     def match(self, seq: Sequence) -> Prefix:
-        """The longest registered prefix of `seq` in full blocks that leaves a token to compute. Takes nothing."""
+        """The longest registered prefix of `seq` in full blocks, of what may come from the cache. Takes nothing."""
         blocks: list[int] = []
-        for i in range((seq.num_tokens - 1) // self.block_size):
+        for i in range(seq.num_cacheable_tokens // self.block_size):
             block = self._block.get(self._key_of(seq, i))
             if block is None:
                 break
             blocks.append(block)
         return Prefix(len(blocks) * self.block_size, blocks)
+
+    def is_coming(self, seq: Sequence, prefix: Prefix, running: Iterable[Sequence]) -> bool:
+        """Whether the block that `seq` lacks after `prefix`, its match, is one that a running sequence will compute."""
+        i = len(prefix.blocks)
+        end = (i + 1) * self.block_size
+        if not self.prefix_caching or end >= seq.num_tokens:  # a token is left to compute
+            return False
+        computing = (other for other in running if other.num_computed_tokens < end <= other.num_tokens)
+        return any(self._key_of(other, i) == self._key_of(seq, i) for other in computing)
 
     def fork(self, parent: Sequence, child: Sequence) -> Prefix:
         """What `child` can share of `parent`, a sample of the same prompt that has computed it. Takes nothing.

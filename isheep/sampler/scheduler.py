@@ -5,6 +5,9 @@ prompts that are partly computed, then newly admitted sequences, each group in o
 
 Admission. A sequence is given all blocks of its present tokens at once, so prefill never runs out of blocks half-way.
     It is admitted only if thereafter one more block is left for each running sequence to grow into.
+Shared prefixes. What others have computed before is found in the cache. If the next block that a newly admitted sequence
+    lacks is just being computed by a running one, it waits until that is there, and those behind it with it: a prefix
+    that many requests share is computed once, also where they all come at the same moment.
 Preemption. If a decoding sequence finds no block to grow into, the latest arrival among the running ones gives up its
     blocks and waits again, ahead of all later arrivals; its tokens stay, its keys and values are computed again. The
     earliest one is never a victim while others run, so there is always progress; alone, each fits (`add` sees to it).
@@ -245,12 +248,17 @@ class Scheduler:
                 break
 
     def _admit(self, seq: Sequence, group: _Group, step: Step) -> bool:
-        """Give `seq` the blocks of all its tokens, shared ones first, and let it run; False if too few are free."""
+        """Give `seq` the blocks of all its tokens, shared ones first, and let it run.
+
+        False if too few are free, or if it waits for a shared one.
+        """
         seq.set_salt(self._salt(seq.request.adapter))
         prefix = self.blocks.match(seq)
         parent = next((holder for holder in group.holders.values() if holder.salt == seq.salt), None)
         if parent is not None:
             prefix = max(self.blocks.fork(parent, seq), prefix, key=lambda found: found.num_tokens)
+        if self.blocks.is_coming(seq, prefix, self.running):
+            return False
         reserve = len(self.running) + 1 if self.running else 0
         if not self.blocks.allocate(seq, seq.num_tokens, prefix, reserve):
             return False

@@ -268,6 +268,30 @@ def test_a_shared_prefix_is_computed_once() -> None:
     engine.run()
 
 
+@pytest.mark.parametrize("budget", [64, 5])
+def test_a_prefix_of_requests_that_come_at_once_is_computed_once(budget: int) -> None:
+    engine = PretendEngine(64, budget=budget)
+    shared = list(range(50, 62))
+    members = [engine.add(request(f"r{i}", [*shared, i, i], max_tokens=1))[0] for i in range(5)]
+    (other,) = engine.add(request("other", 6, max_tokens=1))
+    if budget == 64:
+        assert chunks_of(engine.step()) == [("r0", 0, 0, 14)], "those that share it wait, and who came after them"
+        assert chunks_of(engine.step())[:2] == [("r1", 0, 12, 2), ("r2", 0, 12, 2)]
+    engine.run()
+    assert [seq.num_cached_tokens for seq in [*members, other]] == [0, 12, 12, 12, 12, 0]
+    assert engine.num_computed == 14 + 4 * 2 + 6
+
+
+def test_one_that_waits_for_a_prefix_computes_it_when_the_other_is_gone() -> None:
+    engine = PretendEngine(64, budget=5)
+    for id in "ab":
+        engine.add(request(id, list(range(50, 62)), max_tokens=1))
+    assert chunks_of(engine.step()) == [("a", 0, 0, 5)]
+    assert engine.scheduler.abort("a")
+    assert chunks_of(engine.step()) == [("b", 0, 4, 5)], "the one block that was there is found"
+    engine.run()
+
+
 def test_outputs_are_found_too_and_without_prefix_caching_nothing_is() -> None:
     for prefix_caching, num_cached in [(True, 12), (False, 0)]:
         engine = PretendEngine(64, prefix_caching=prefix_caching)
@@ -348,8 +372,9 @@ def test_a_new_version_of_an_adapter_finds_nothing_and_restarts_what_runs() -> N
     (new,) = engine.add(request("new", prompt, adapter="a"))
     step = engine.step()
     assert step.preempted == [old]
-    assert chunks_of(step) == [("base", 0, 9, 1), ("old", 0, 0, 10), ("new", 0, 0, 9)]
-    assert new.num_cached_tokens == 0
+    assert chunks_of(step) == [("base", 0, 9, 1), ("old", 0, 0, 10)]
+    assert chunks_of(engine.step())[2:] == [("new", 0, 8, 1)]
+    assert new.num_cached_tokens == 8, "what the new version has computed"
     engine.run()
 
 
