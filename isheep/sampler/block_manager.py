@@ -82,7 +82,7 @@ class BlockManager:
         """Whether the block that `seq` lacks after `prefix`, its match, is one that a running sequence will compute."""
         i = len(prefix.blocks)
         end = (i + 1) * self.block_size
-        if not self.prefix_caching or end >= seq.num_tokens:  # a token is left to compute
+        if not self.prefix_caching or end > seq.num_cacheable_tokens:
             return False
         computing = (other for other in running if other.num_computed_tokens < end <= other.num_tokens)
         return any(self._key_of(other, i) == self._key_of(seq, i) for other in computing)
