@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from isheep.model.batch import PackedBatch, PagedMeta
 from isheep.model.transformer import KVCache, Transformer
 from isheep.sampler import sampling
 from isheep.sampler.block_manager import BlockManager
+from isheep.sampler.reading import Pools, read_prompts
 from isheep.sampler.request import Completion, Request, Sequence
 from isheep.sampler.scheduler import Chunk, Scheduler, Step
 from isheep.text.tokenizer import Detokenizer, Tokenizer
@@ -60,6 +62,7 @@ class _Sample:
         self.text, self.searched = "", 0
         self.detokenizer = Detokenizer(tokenizer) if self.stop_texts else None
         self.logprobs: list[dict] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: dict[int, dict] | None = {} if params.num_prompt_logprobs else None  # by place
 
     def push(self, token: int) -> None:
         """Follow the text, where stop strings are looked for in it."""
@@ -105,6 +108,7 @@ class Sampler:
         self._cache: KVCache | None = model.new_kv_cache(self.scheduler.blocks.num_blocks, cfg.block_size)
         self._salts: dict[str | None, object] = {None: None}
         self._samples: dict[tuple[str, int], _Sample] = {}
+        self._pools = Pools(cfg.max_num_seqs, model.config.hidden_size, model.device)
         model.prepack(cfg.max_num_seqs)
 
     def close(self) -> None:
@@ -155,10 +159,11 @@ class Sampler:
                 f"{did_you_mean(request.adapter, self.model.adapters)}"
             )
         vocab_size = self.model.vocab.total if self.model.vocab else self.model.config.vocab_size
-        unknown = [token for token in request.params.allowed_token_ids or () if not 0 <= token < vocab_size]
+        named = (*(request.params.allowed_token_ids or ()), *request.params.logprob_token_ids)
+        unknown = [token for token in named if not 0 <= token < vocab_size]
         if unknown:
             raise UserError(
-                f'Request "{request.id}" allows the token {unknown[0]}, but the model\'s ids end at {vocab_size - 1}.'
+                f'Request "{request.id}" names the token {unknown[0]}, but the model\'s ids end at {vocab_size - 1}.'
             )
         self.scheduler.check(self._within_context(request))
 
@@ -172,6 +177,7 @@ class Sampler:
         """Drop all that is queued or running."""
         for request_id in dict.fromkeys(key[0] for key in self._samples):  # in order: the ranks of a mesh stay in step
             self.scheduler.abort(request_id)
+        self._pools.forget(self._samples)
         self._samples.clear()
 
     def _within_context(self, request: Request) -> Request:
@@ -192,6 +198,10 @@ class Sampler:
         self._cache.copy_blocks(step.copies)
         chunks = sorted(step.chunks, key=lambda c: c.seq.request.adapter or "")  # one adapter's tokens lie together
         hidden = self.model(self._batch(chunks), self._cache)
+        for key, place, entry in read_prompts(self.model, chunks, hidden):
+            cast(dict, self._samples[key].prompt_logprobs)[place] = entry
+        self._pools.forget(seq.key for seq in step.preempted)
+        self._pools.add(chunks, hidden)
         self._count(step)
         self.scheduler.update(step)
         ends = list(accumulate(chunk.num_tokens for chunk in chunks))
@@ -255,8 +265,7 @@ class Sampler:
             params = seq.request.params
             seq.token_ids.append(token)
             if sample.logprobs is not None:
-                top = sampling.top_logprobs(logits[i], params.logprobs or 0, vocab)
-                sample.logprobs.append({"token_id": token, "logprob": logprob, "top": top})
+                sample.logprobs.append(sampling.entry(logits[i], token, logprob, params, vocab))
             sample.push(token)
             if seq.num_output_tokens >= params.min_tokens and sample.stops(token):
                 done.append(self._finish(seq, sample, "stop"))
@@ -273,9 +282,13 @@ class Sampler:
             text = sample.text  # cut before the stop string
         else:
             text = self.tokenizer.decode(ids[:-1] if reason == "stop" else ids)
+        read = sample.prompt_logprobs
         return Completion(
-            seq.request.id, seq.sample, text, ids, reason, seq.num_prompt_tokens, seq.num_cached_tokens, sample.logprobs
-        )
+            seq.request.id, seq.sample, text, ids, reason, seq.num_prompt_tokens, seq.num_cached_tokens,
+            logprobs=sample.logprobs,
+            prompt_logprobs=None if read is None else [read[place] for place in sorted(read)],
+            vectors=self._pools.take(seq.key) if seq.request.params.pool else None,
+        )  # fmt: skip
 
 
 def num_cache_blocks(model: Transformer, cfg: SamplerConfig) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from torch import Tensor
+
 from isheep.config import UserError
 
 
@@ -52,6 +54,9 @@ _RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
     "seed": (_optional(_integer(0, 2**63 - 1)), "an integer from 0 to 2**63 - 1, or none"),
     "logprobs": (_optional(_integer(0)), "an integer of at least 0 (how many alternatives per token), or none"),
+    "logprob_token_ids": (_each(_TOKEN_ID), "a list of token ids"),
+    "num_prompt_logprobs": (_integer(0), "an integer of at least 0"),
+    "pool": (lambda value: isinstance(value, bool), "true or false"),
     "allowed_token_ids": (
         _optional(lambda value: bool(value) and _each(_TOKEN_ID)(value)),
         "a list of one or more token ids, or none",
@@ -64,8 +69,10 @@ class SamplingParams:
     """How the tokens of one request are drawn and when they end.
 
     temperature 0 is greedy. top_k 0, top_p 1, min_p 0, penalties 1, 0, 0 are off. `logprobs` k returns the
-    log-probability of each sampled token and those of the k most probable ones. `seed` replaces the sampler's own seed
-    for this request. Lists are taken as tuples and one stop string as a tuple of it. A bad value raises UserError.
+    log-probability of each sampled token and those of the k most probable ones, `num_prompt_logprobs` n those of the
+    last n tokens of the prompt, and `logprob_token_ids` adds those of given tokens to each. `pool` returns the mean and
+    the last of the hidden states. `seed` replaces the sampler's own seed for this request. Lists are taken as tuples
+    and one stop string as a tuple of it. A bad value raises UserError.
     """
 
     n: int = 1
@@ -83,6 +90,9 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+    num_prompt_logprobs: int = 0
+    pool: bool = False
     allowed_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -99,6 +109,8 @@ class SamplingParams:
             raise UserError(
                 f"min_tokens is {self.min_tokens}, but must be at most max_tokens, which is {self.max_tokens}."
             )
+        if self.n > 1 and (self.num_prompt_logprobs or self.pool):
+            raise UserError(f"n is {self.n}, but num_prompt_logprobs and pool are for one sample of a prompt.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,11 @@ class Completion:
     token_ids       the sampled tokens, the one that stopped it included
     finish_reason   "stop" (end token, stop id or stop string), "length" (max_tokens) or "abort"
     num_cached_tokens  prompt tokens whose keys and values were already there when it was first admitted
-    logprobs        one entry per token, {"token_id", "logprob", "top": [[token id, logprob], ...]}, if asked for
+    logprobs        one entry per token, {"token_id", "logprob", "top": [[token id, logprob], ...], "asked": [logprob of
+                    each of logprob_token_ids]}, if asked for
+    prompt_logprobs the same for the last tokens of the prompt, as many as were asked for and have one before them
+    vectors         [2, C] fp32 on the CPU, mean and last of the hidden states of all tokens but the very last, which
+                    stops or is cut off before a pass sees it; if asked for
     """
 
     id: str
@@ -134,12 +150,14 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int
     logprobs: list[dict] | None = None
+    prompt_logprobs: list[dict] | None = None
+    vectors: Tensor | None = None
 
     def to_json(self) -> dict:
-        """The row that `python -m isheep.sampler` writes; `logprobs` only if they were asked for."""
-        row = dict(self.__dict__)
-        if self.logprobs is None:
-            del row["logprobs"]
+        """The row that `python -m isheep.sampler` writes; what was not asked for is left out."""
+        row = {name: value for name, value in self.__dict__.items() if value is not None}
+        if self.vectors is not None:
+            row["vectors"] = self.vectors.tolist()
         return row
 
 
@@ -189,6 +207,16 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """How many tokens may be found in the cache: none whose hidden state is asked for, and never the last."""
+        params = self.request.params
+        if params.pool:
+            return 0
+        if params.num_prompt_logprobs:
+            return max(0, self.num_prompt_tokens - 1 - params.num_prompt_logprobs)
+        return self.num_tokens - 1
 
     @property
     def num_output_tokens(self) -> int:

@@ -83,6 +83,23 @@ def top_logprobs(logits: Tensor, k: int, vocab: "VocabShard | None" = None) -> l
     return [[i, v] for i, v in zip(ids.tolist(), (values - lse).tolist(), strict=True)]
 
 
+def token_logprobs(logits: Tensor, ids: Tensor, vocab: "VocabShard | None" = None) -> Tensor:
+    """Log-probabilities [N, K] fp32 of tokens ids [N, K] int64 under logits [N, V], or [N, V_r] with `vocab`."""
+    logits = logits.float()
+    if vocab is not None:
+        return vocab_parallel.token_logprobs(logits, ids, vocab)
+    return logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
+
+
+def entry(logits: Tensor, token: int, logprob: float, params: SamplingParams, vocab: "VocabShard | None") -> dict:
+    """What `Completion.logprobs` says of one token, from the row [V] of logits that predicts it."""
+    found = {"token_id": token, "logprob": logprob, "top": top_logprobs(logits, params.logprobs or 0, vocab)}
+    if params.logprob_token_ids:
+        ids = torch.tensor(params.logprob_token_ids, device=logits.device)
+        found["asked"] = token_logprobs(logits[None], ids[None], vocab)[0].tolist()
+    return found
+
+
 def _penalised(p: SamplingParams) -> bool:
     return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 

@@ -7,7 +7,7 @@ of the same, more instructions or ratings of more pairs, samples only what is ne
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from hashlib import sha256
 from itertools import chain
@@ -48,7 +48,8 @@ class Store:
         if first is not None:
             with closing(sample(chain([first], new))) as completions:  # type: ignore[type-var]
                 for completion in completions:
-                    self._journal.append(keys.pop(completion.id), [completion.to_json()])
+                    kept = replace(completion, vectors=None)  # kilobytes of text each, and cheap to have again
+                    self._journal.append(keys.pop(completion.id), [kept.to_json()])
                     yield completion
                     yield from _drain(known)
         yield from _drain(known)

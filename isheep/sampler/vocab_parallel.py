@@ -11,6 +11,7 @@ What one draw hands to the collectives, for each row:
     top-k    6 calls   2584 bytes    sum_ for each digit, gather (ties at the cut); only if a row asks for it
     top-p    7 calls   2592 bytes    the same after a sum_ of what is left; only if a row asks for it
     top      1 call    24 k bytes    gather, for a row whose k most likely tokens are asked for
+    tokens   2 calls   4 k + 4 bytes max_, gather, for a row where k given tokens are asked for
 """
 
 from typing import TYPE_CHECKING
@@ -130,3 +131,12 @@ def gather_top(ids: Tensor, values: Tensor, lse: Tensor, k: int, vocab: "VocabSh
     all_ids, all_values = all_ids[real].long(), all_values[real]
     best = top(all_values, k)
     return all_ids[best], all_values[best], all_lse[:, 0].logsumexp(0)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, vocab: "VocabShard") -> Tensor:
+    """logits [N, V_r] fp32, ids [N, K] -> log-probabilities [N, K] fp32, the same on every rank."""
+    own = ids - vocab.first
+    mine = (own >= 0) & (own < vocab.size)
+    logits = F.pad(logits, (0, 1), value=-torch.inf)  # one impossible token more, so that no range is empty
+    found = vocab.max_(logits.gather(1, torch.where(mine, own, vocab.size)))
+    return found - vocab.gather(logits.logsumexp(-1, keepdim=True)).logsumexp(0)

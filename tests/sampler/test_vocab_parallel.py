@@ -218,6 +218,20 @@ def test_top_logprobs(k):
         assert [v for _, v in got] == pytest.approx([v for _, v in expected], abs=1e-5)
 
 
+def test_log_probabilities_of_given_tokens():
+    sizes, ids = (60, 0, 41), torch.tensor([[0, 59], [60, 100], [7, 7]])
+    logits = randn(3, sum(sizes), seed=4) * 3
+    expected = logits.log_softmax(-1).gather(1, ids)
+    assert torch.allclose(sampling.token_logprobs(logits, ids), expected, atol=1e-5)
+
+    def work(shard):
+        return sampling.token_logprobs(part(logits, shard), ids, shard), shard.calls
+
+    for found, calls in on_ranks(sizes, work):
+        assert torch.allclose(found, expected, atol=1e-5)
+        assert calls == [("max_", 3 * 2 * 4), ("gather", 3 * 4)]
+
+
 def two_processes(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
