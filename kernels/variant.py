@@ -20,3 +20,14 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     divisible_by_16: tuple[str, ...] = ()  # pointers and integers that the launcher may assume are multiples of 16
+
+    @classmethod
+    def of(cls, name: str, kernel: Any, types: dict[str, str], launch: dict[str, Any]) -> "Variant":
+        """From the keywords that a launch passes and the types of a module's arguments, of which this kernel has some.
+
+        Pointers count as multiples of 16, which torch's allocations are.
+        """
+        signature = {arg: types[arg] for arg in kernel.arg_names if arg not in launch}
+        constants = {arg: value for arg, value in launch.items() if arg in kernel.arg_names}
+        pointers = tuple(arg for arg, kind in signature.items() if kind.startswith("*"))
+        return cls(name, kernel, signature, constants, launch["num_warps"], launch["num_stages"], pointers)
