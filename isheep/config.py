@@ -7,9 +7,10 @@ is in loading.py; a value out of its range is a `UserError` that says the range.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from isheep.loading import (  # noqa: F401  as_overrides, diff, settings and to_toml are offered here too: one import for a config
     UserError,
@@ -17,13 +18,13 @@ from isheep.loading import (  # noqa: F401  as_overrides, diff, settings and to_
     did_you_mean,
     diff,
     load_config,
+    merge,
     settings,
     to_toml,
 )
 
 DTYPES = ("bfloat16", "float32", "float16")
 SETTINGS = ("one_base", "one_last", "total_base", "direct")
-DIRECT = {"iterations": 1, "instruct": {"data_size": 20_000}}  # what the setting direct is, where nothing else is said
 ASSESS_PROMPTS = ("simple", "combined", "icl")
 # The scores that a pair is rated for, in the order they are asked, and kept for.
 ASSESS_LEVELS: dict[str, tuple[str, ...]] = {
@@ -38,7 +39,74 @@ BLACKLIST = (
     *("image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps"),
     *("draw", "plot", "go to", "video", "audio", "music", "flowchart", "diagram"),
 )
+INSTRUCT_METHODS = ("list", "self_instruct", "topics")
+ANSWER_METHODS = ("zero_shot", "instances", "principles")
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# What the paper compares with. A value under `BASELINES` or `IMPLIED` holds where nothing else is said.
+_ONCE_UNRATED = {"setting": "one_base", "iterations": 1, "select": {"method": "threshold", "threshold": 0}}
+BASELINES: dict[str, dict[str, Any]] = {
+    "self_instruct": _ONCE_UNRATED,  # as the paper means it: the loop's first iteration without self-assessment
+    "self_instruct_2022": _ONCE_UNRATED
+    | {
+        "instruct": {
+            "method": "self_instruct",
+            "num_in_context": 8,
+            "num_generated": 2,
+            "temperature": 0.7,
+            "top_p": 0.5,
+            "presence_penalty": 2.0,
+            "max_tokens": 1024,
+            "stop": ["\n16."],
+            "blacklist": list(BLACKLIST[:13]),  # without video, audio, music, flowchart, diagram
+            "refused_starts": ["Write a program"],
+        },
+        "answer": {"method": "instances", "temperature": 0.0, "max_tokens": 300},
+    },
+    "dromedary_iter1": {"setting": "one_base", "iterations": 1},  # as the paper means it
+    "dromedary": _ONCE_UNRATED
+    | {
+        "answer": {"method": "principles", "temperature": 0.5, "max_tokens": 256},
+        "train": {
+            "r": 16,
+            "alpha": 16,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            "learning_rate": 4e-4,
+            "batch_size": 768,
+            "epochs": 1,
+            "cutoff": 512,
+            "warmup_steps": 100,
+            "max_samples": 1_000_000,  # all
+        },
+    },
+}
+# key -> value -> what comes with it. A second iteration answers the first one's instructions again: no copies to fear.
+IMPLIED: dict[str, Mapping[Any, dict[str, Any]]] = {
+    "setting": {"direct": {"iterations": 1, "instruct": {"data_size": 20_000}}},
+    "baseline": BASELINES,
+    "answer.verbose": {True: {"iterations": 2, "alarm": {"max_duplicates": 1.0}}},
+}
+# Of what is implied, these cannot be changed: it would be something else.
+ESSENTIAL = ("setting", "iterations", "answer.method", "select.method", "select.threshold")
+
+
+def implied(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """'setting = "direct"' -> the defaults it brings along, for each of `said` (dotted keys) that brings some."""
+    found = [(key, value, layer) for key, table in IMPLIED.items() for value, layer in table.items()]
+    return {as_overrides({key: value})[0].replace("=", " = "): layer
+            for key, value, layer in found if said.get(key) == value}  # fmt: skip
+
+
+def check_implied(cfg: "RunConfig", layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """UserError where `cfg` has another value for what makes one of the `layers` what it is."""
+    means: dict[str, tuple[str, Any]] = {}
+    for source, layer in layers.items():
+        means |= {key: (source, value) for key, value in merge(RunConfig, layer).items() if key in ESSENTIAL}
+    is_now = merge(RunConfig, settings(cfg))
+    for key, (source, value) in means.items():
+        if is_now[key] != value:
+            meant, found = (as_overrides({key: each})[0].partition("=")[2] for each in (value, is_now[key]))
+            raise UserError(f"{source} means {key} = {meant}, not {found}: leave it at that, or choose something else.")
 
 
 @dataclass(frozen=True)
@@ -60,17 +128,26 @@ class SamplerConfig:
 
 @dataclass(frozen=True)
 class InstructConfig:
-    """New instructions from the seeds (the paper's section on prompt generation and its appendix on filter rules)."""
+    """New instructions from the seeds (the paper's section on prompt generation and its appendix on filter rules).
 
+    `method`: "list" goes on with a list of instructions and inputs, as the paper does; "self_instruct" with one of
+    instructions alone, some of those shown being the model's own; "topics" asks for one on each of the topics that the
+    model found for 20 types of question.
+    """
+
+    method: str = "list"
     data_size: int = 10_000  # kept instructions per iteration; the ablation goes to 50k
-    num_in_context: int = 5  # seed tasks shown in each prompt
+    num_in_context: int = 5  # tasks shown in each prompt of a list
+    num_generated: int = 0  # how many of them are kept instructions of this iteration, as soon as there are some
     temperature: float = 1.0
     top_p: float = 0.95
+    presence_penalty: float = 0.0
     max_tokens: int = 1000
-    stop: tuple[str, ...] = ("17",)  # a completion gives items 6 to 16 at most
+    stop: tuple[str, ...] = ("17",)  # of a list: a completion gives items 6 to 16 at most
     min_words: int = 4
     max_words: int = 150
     blacklist: tuple[str, ...] = BLACKLIST
+    refused_starts: tuple[str, ...] = ()  # an instruction that begins with one, in any case, is dropped
     rouge_threshold: float = 0.7  # strictly above, against the pool: dropped
     dedup_pool: str = "global"  # the pool: seeds and all that was kept; "call": seeds and the current call, as run
     max_prompts: int | None = None  # None: as many as data_size needs
@@ -78,7 +155,13 @@ class InstructConfig:
     def __post_init__(self) -> None:
         _require_sampling(self)
         _require(self, "data_size", self.data_size >= 1, "at least 1")
+        _choose(self, "method", INSTRUCT_METHODS)
         _require(self, "num_in_context", self.num_in_context >= 1, "at least 1")
+        _require(self, "num_generated", 0 <= self.num_generated < self.num_in_context,
+                 "at least 0 and below instruct.num_in_context")  # fmt: skip
+        _require(self, "num_generated", self.num_generated == 0 or self.method == "self_instruct",
+                 '0 unless instruct.method is "self_instruct"')  # fmt: skip
+        _require(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2")
         _require(self, "min_words", 0 <= self.min_words <= self.max_words, "between 0 and instruct.max_words")
         _require(self, "rouge_threshold", 0 <= self.rouge_threshold <= 1, "between 0 and 1")
         _require(self, "max_prompts", self.max_prompts is None or self.max_prompts >= 1, "at least 1")
@@ -89,9 +172,14 @@ class InstructConfig:
 class AnswerConfig:
     """Zero-shot responses and the rule filter on pairs (the paper's section on responses).
 
+    `method`: "zero_shot" is the paper's; "instances" finds an input as well, after seed tasks, the output first where
+    the task is a classification; "principles" shows 16 rules and exemplars that think by them. Each has its own filter.
+    `verbose`: a second iteration has the model trained on principles answer the same instructions again, at length.
     `option_letter_rule`: "as_run" also drops a pair for "e.g." and "i.e.", as the published scripts do.
     """
 
+    method: str = "zero_shot"
+    verbose: bool = False
     temperature: float = 1.0
     top_p: float = 0.95
     max_tokens: int = 1000
@@ -99,6 +187,9 @@ class AnswerConfig:
 
     def __post_init__(self) -> None:
         _require_sampling(self)
+        _choose(self, "method", ANSWER_METHODS)
+        _require(self, "verbose", not self.verbose or self.method == "principles",
+                 'false unless answer.method is "principles"')  # fmt: skip
         _choose(self, "option_letter_rule", ("fixed", "as_run"))
 
 
@@ -262,6 +353,7 @@ class RunConfig:
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "auto"
+    baseline: str | None = None  # a method to compare with, instead of the paper's own
     setting: str = "one_base"
     iterations: int | None = None  # None: the model preset's, 3 where there is none
     patience: int | None = None  # iterations without a better validation loss, on each one's own rows; None: no end
@@ -285,6 +377,8 @@ class RunConfig:
         _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _choose(self, "dtype", DTYPES)
         _choose(self, "setting", SETTINGS)
+        if self.baseline is not None:
+            _choose(self, "baseline", tuple(BASELINES))
         _require(self, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
                  "auto, cpu, cuda or cuda:N")  # fmt: skip
         if self.assess.level == "none" and self.select.rates:

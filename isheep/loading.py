@@ -36,6 +36,11 @@ def load_config(cls: type[C], *sources: Mapping[str, Any] | Path, overrides: Seq
     An override's value is read as TOML and taken as plain text where that fails: lr=1e-4, device=cpu. An optional key
     is set back to None by the text "none". Lists become tuples, whole numbers become floats where a float is meant.
     """
+    return _build(cls, merge(cls, *sources, overrides=overrides), "")
+
+
+def merge(cls: type, *sources: Mapping[str, Any] | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What the sources say, the last word on each dotted key, its value as it stands; see `load_config`."""
     hints = dict(_dotted_hints(cls))
     merged: dict[str, Any] = {}  # dotted key -> value
     for source in sources:
@@ -43,7 +48,7 @@ def load_config(cls: type[C], *sources: Mapping[str, Any] | Path, overrides: Seq
         merged.update(_flatten(layer, hints, where))
     for text in overrides:
         merged.update(_flatten(_parse_override(text), hints, ""))
-    return _build(cls, merged, "")
+    return merged
 
 
 def settings(cfg: Any) -> dict[str, Any]:

@@ -25,7 +25,19 @@ from typing import TYPE_CHECKING, Any
 from isheep import ranks
 from isheep.artifacts import write_atomic
 from isheep.cli import Opened, Parts, add_model_args, assemble, open_named, pick_device, run_main
-from isheep.config import DIRECT, RunConfig, UserError, data_path, diff, load_config, model_preset, settings, to_toml
+from isheep.config import (
+    RunConfig,
+    UserError,
+    check_implied,
+    data_path,
+    diff,
+    implied,
+    load_config,
+    merge,
+    model_preset,
+    settings,
+    to_toml,
+)
 from isheep.log import log
 from isheep.text.seeds import load_seeds
 
@@ -57,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(dtype=None, device=None, seed=None)  # a configuration may set them too
     p.add_argument("--config", action="append", type=Path, default=[], help="a TOML file; later ones win")
     p.add_argument("--out", help="the run folder, continued where it stands; default runs/MODEL")
+    p.add_argument("--baseline", help="a method to compare with, such as self_instruct, instead of the paper's own")
     p.add_argument("--setting", help="what each iteration trains, on which data (default one_base)")
     p.add_argument("--iterations", type=int, help="default: the paper's number for this model")
     p.add_argument("--recipe", help="a grid of runs: a name from configs/recipes, or a TOML file")
@@ -194,15 +207,13 @@ def resolve(args: argparse.Namespace, default: Mapping[str, Any] | None = None, 
 
     `default` is what a configuration may change, `cell` are a recipe's "key=value" texts, which nothing may.
     """
-    names = ("model", "out", "dtype", "device", "seed", "setting", "iterations", "seeds")
+    names = ("model", "out", "dtype", "device", "seed", "baseline", "setting", "iterations", "seeds")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     default = {"out": f"runs/{Path(args.model).name}"} | dict(default or {})
     overrides = [*args.set, *cell]
-    cfg = load_config(RunConfig, default, *args.config, flags, overrides=overrides)
-    if cfg.setting == "direct":
-        cfg = load_config(RunConfig, default, DIRECT, *args.config, flags, overrides=overrides)
-        if cfg.iterations != 1:
-            raise UserError(f'setting = "direct" is one iteration on all data, not {cfg.iterations}: leave it at 1.')
+    layers = implied(merge(RunConfig, default, *args.config, flags, overrides=overrides))
+    cfg = load_config(RunConfig, default, *layers.values(), *args.config, flags, overrides=overrides)
+    check_implied(cfg, layers)
     if cfg.setting == "one_last" and cfg.train.weight_decay > 0:
         raise UserError('setting = "one_last" keeps what was trained before: train.weight_decay must be 0.')
     if cfg.patience is not None and cfg.train.val_share == 0:
@@ -303,7 +314,7 @@ def plan(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> li
     return [
         f"{cfg.model}: {env['num_parameters'] / 1e6:,.0f} M parameters in {cfg.dtype} on {env['device_name']}"
         f" ({env['device']}, {env['num_threads']} threads, {env['backend']})",
-        f"{cfg.setting}, {cfg.iterations} iterations of {cfg.instruct.data_size:,} instructions from {seeds.name}; "
+        f"{cfg.baseline or cfg.setting}, {cfg.iterations} iterations of {cfg.instruct.data_size:,} instructions from {seeds.name}; "
         f"kept: {_kept(cfg)}",
         f"trained: LoRA r {cfg.train.r}, {cfg.train.epochs:g} epochs, learning rate {cfg.train.learning_rate:g}, "
         f"template {opened.template.name}",

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from isheep import run
+from isheep import config, run
 from isheep.config import UserError
 from tests.parrot import NUM_EXAMPLES, write_parrot
 from tests.scripted import seed_rows
@@ -189,6 +189,16 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--set", "select.method=density"], r"data_size = 16 cannot fill select\.num_clusters = 3000"),
         (["--set", "assess.level=none"], "no score to test"),
         (["--set", "assess.prompt=icl", "--set", "assess.level=quality"], "a score of its own"),
+        (["--baseline", "dromedari"], 'Did you mean "dromedary"'),
+        (["--baseline", "dromedary"], 'baseline = "dromedary" means iterations = 1, not 2'),
+        (
+            ["--iterations", "1", "--baseline", "dromedary", "--setting", "direct"],
+            'means setting = "one_base", not "direct"',
+        ),
+        (["--iterations", "1", "--baseline", "self_instruct", "--set", "select.threshold=2"], "threshold = 0, not 2"),
+        (["--iterations", "1", "--baseline", "dromedary", "--set", "answer.method=zero_shot"], "not .zero_shot"),
+        (["--set", "answer.verbose=true"], "verbose must be false unless answer.method"),
+        (["--set", "instruct.num_generated=1"], "num_generated must be 0 unless"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),
         (["--set", "patience=1", "--set", "train.val_share=0"], "needs validation losses"),
         (["--seeds", "nowhere.jsonl"], r"cannot read nowhere\.jsonl"),
@@ -256,8 +266,30 @@ def test_direct_is_one_iteration_on_all_data() -> None:
 
     assert resolve() == (1, 20_000)
     assert resolve("--set", "instruct.data_size=30000") == (1, 30_000)
-    with pytest.raises(UserError, match="one iteration"):
+    with pytest.raises(UserError, match=r'setting = "direct" means iterations = 1, not 2: leave it at that'):
         resolve("--iterations", "2")
+
+
+def test_a_baseline_brings_its_defaults_along_and_gives_way_to_what_is_said() -> None:
+    def resolve(*more: str) -> config.RunConfig:
+        return run.resolve(run.parser().parse_args(["--model", "qwen1.5-72b", *more]))
+
+    for name in config.BASELINES:
+        cfg = resolve("--baseline", name)
+        assert (cfg.baseline, cfg.setting, cfg.iterations) == (name, "one_base", 1)
+        assert bool(cfg.scores) == (name == "dromedary_iter1")
+    cfg = resolve("--baseline", "dromedary", "--set", "train.r=4", "--set", "instruct.method=topics")
+    assert (cfg.train.r, cfg.train.batch_size, cfg.instruct.method) == (4, 768, "topics")
+    cfg = resolve("--set", "baseline=dromedary", "--set", "answer.verbose=true")
+    assert (cfg.iterations, cfg.alarm.max_duplicates) == (2, 1.0)
+    assert resolve("--baseline", "self_instruct", "--set", "assess.level=none").scores == ()
+
+
+def test_self_instruct_of_2022_has_its_own_numbers() -> None:
+    cfg = run.resolve(run.parser().parse_args(["--model", "m", "--baseline", "self_instruct_2022"]))
+    assert (cfg.instruct.num_in_context, cfg.instruct.num_generated, cfg.instruct.max_tokens) == (8, 2, 1024)
+    assert len(cfg.instruct.blacklist) == 13 and "music" not in cfg.instruct.blacklist
+    assert (cfg.answer.method, cfg.select.threshold) == ("instances", 0)
 
 
 @pytest.mark.parametrize(("model", "iterations"), [("qwen1.5-72b", 6), ("qwen1.5-7b", 3), ("some/model", 3)])
