@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from isheep.model import ops
-from isheep_kernels.rope import rope_ref
+from isheep_kernels.rope import rope, rope_, rope_ref
+from tests.kernels.fence import INTERPRETED, assert_kernel_is_as_good_as, fenced
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 
@@ -45,3 +46,35 @@ def value_and_gradient(function, x, cos, sin, dy):
     y = function(x, cos, sin)
     y.backward(dy)
     return y.detach(), x.grad
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("T", "H", "G", "D"), [(1, 1, 1, 2), (5, 9, 3, 16), (7, 17, 8, 80), (3, 8, 8, 64)], ids=str)
+def test_the_triton_kernel(T, H, G, D, dtype):
+    q, k, dq, dk = (randn(T, h, D, seed=i, dtype=dtype) for i, h in enumerate([H, G, H, G]))
+    cos, sin = angles(T, D)
+
+    def reference(q, k, cos, sin):
+        return rope_ref(q, cos, sin), rope_ref(k, cos, sin)
+
+    frozen = {"cos": cos, "sin": sin}
+    assert_kernel_is_as_good_as(rope, reference, {"q": q, "k": k}, frozen, [dq, dk])
+
+
+def test_the_triton_kernel_in_place_on_slices_of_one_product():
+    """q, k and v may be slices of one projection: v, between and beside them, is left alone."""
+    qkv, (cos, sin) = fenced(randn(6, 8, 16, seed=0)), angles(6, 16)
+    q, k, v = qkv.split([3, 2, 3], dim=1)
+    kept = qkv.clone()
+    rope_(q, k, cos, sin)
+    assert torch.allclose(q, rope_ref(kept[:, :3], cos, sin), atol=1e-6)
+    assert torch.allclose(k, rope_ref(kept[:, 3:5], cos, sin), atol=1e-6)
+    assert torch.equal(v, kept[:, 5:])
+
+
+def test_the_triton_kernel_refuses_what_does_not_fit():
+    q, (cos, sin) = torch.zeros(3, 2, 8), angles(3, 8)
+    with pytest.raises(ValueError, match="gradient"):
+        rope_(q.clone().requires_grad_(), q, cos, sin)
+    with pytest.raises(ValueError, match=r"cos \(3, 3\)"):
+        rope(q, q, cos[:, :3], sin)

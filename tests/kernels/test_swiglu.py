@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from isheep.model import ops
-from isheep_kernels.swiglu import swiglu_ref
+from isheep_kernels.swiglu import swiglu, swiglu_ref
+from tests.kernels.fence import INTERPRETED, assert_kernel_is_as_good_as
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 
@@ -31,3 +32,18 @@ def value_and_gradients(function, gate, up, dy):
     y = function(gate, up)
     y.backward(dy)
     return y.detach(), gate.grad, up.grad
+
+
+@INTERPRETED
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 5), (67, 331)], ids=str)
+@pytest.mark.parametrize("size", [1.0, 30.0], ids=["usual", "saturated"])
+def test_the_triton_kernel(shape, size, dtype):
+    gate = (randn(*shape, seed=0) * size).to(dtype)
+    up, dy = randn(*shape, seed=1, dtype=dtype), randn(*shape, seed=2, dtype=dtype)
+    assert_kernel_is_as_good_as(swiglu, swiglu_ref, {"gate": gate, "up": up}, {}, [dy])
+
+
+def test_the_triton_kernel_at_extremes():
+    gate = torch.tensor([-1e4, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30])
+    y = swiglu(gate, torch.ones(7))
+    assert y[:4].abs().max() < 1e-33 and torch.equal(y[4:], gate[4:])
