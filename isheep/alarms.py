@@ -49,7 +49,7 @@ def health(rows: Sequence[Row], earlier: Iterable[Sequence[Row]] = ()) -> Health
         median_words=statistics.median(map(len, words)),
         distinct_2=len(set(pairs)) / len(pairs) if pairs else 0.0,
         duplicates=repeated,
-        full_marks=sum(score == FULL_MARKS for score in scores) / len(scores) if scores else None,
+        full_marks=sum(round(score) == FULL_MARKS for score in scores) / len(scores) if scores else None,
     )
 
 

@@ -200,7 +200,8 @@ class AssessConfig:
     `prompt`: "simple" and "combined" are two questions with criteria, one for each score; "icl" shows three rated
     examples and no criteria, and its one score serves as both. `level`: the scores that are asked for and tested;
     "none" asks nothing, see `SelectConfig`. `assessor`: "current" is the model of this iteration, as published; "base"
-    the base model in each, as run. `score_decoding`: "sampled" with temperature and top_p, or "greedy" without.
+    the base model in each, as run. `score_decoding`: "sampled" with temperature and top_p, "greedy" without, or
+    "expected", the mean over the probabilities of 1 to 10, which draws nothing and leaves no score unread.
     """
 
     prompt: str = "combined"
@@ -216,7 +217,7 @@ class AssessConfig:
         _choose(self, "prompt", ASSESS_PROMPTS)
         _choose(self, "level", tuple(ASSESS_LEVELS))
         _choose(self, "assessor", ("current", "base"))
-        _choose(self, "score_decoding", ("sampled", "greedy"))
+        _choose(self, "score_decoding", ("sampled", "greedy", "expected"))
         if self.prompt == "icl" and self.level in ("quality", "following"):
             raise UserError(
                 f'assess.level = "{self.level}" needs a score of its own, but assess.prompt = "icl" asks for one that '

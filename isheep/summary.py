@@ -50,7 +50,7 @@ def assess_counts(folder: Path) -> dict[str, Any]:
         column = f"{QUESTIONS[question].scores[0]}_score"
         read = [row[column] for row in scores if row[column] is not None]
         counts |= {f"asked for {question}": asked, f"no {question} score read": asked - len(read)}
-        counts[f"{question} scores"] = " ".join(f"{s}:{n}" for s, n in sorted(Counter(read).items()))
+        counts[f"{question} scores"] = " ".join(f"{s}:{n}" for s, n in sorted(Counter(map(round, read)).items()))
     return counts
 
 

@@ -66,7 +66,7 @@ class Iteration:
             inputs["adapter"] = self.adapter_folder / "adapter_model.safetensors"
         return Journal(self.file(name), {**who, **settings}, inputs, self.others, beside)
 
-    def fits(self, prompt_token_ids: list[int]) -> bool:
+    def fits(self, prompt_token_ids: Sequence[int]) -> bool:
         """Whether the model's context has room for this prompt and at least one token more."""
         return len(prompt_token_ids) < self.context_len
 

@@ -142,6 +142,8 @@ ASSESSMENTS: dict[str, Assessment] = {
     ),
 }
 
+LEAD_IN = "As a strict rater who gives high marks only where they are earned, my score is:"
+
 _ASSESS_PROMPT = """\
 Below are an instruction and the response that a language model gave to it.
 
@@ -155,7 +157,7 @@ Please rate {what} on a scale from 1 to 10.{criteria}
 Answer in the format <score>||<explanation>: first the score as a number, then two vertical bars, then a short \
 explanation.
 
-As a strict rater who gives high marks only where they are earned, my score is:"""
+{lead_in}"""
 
 
 def questions(variant: str, scores: Collection[str]) -> list[str]:
@@ -173,7 +175,9 @@ def assess_prompt(row: Mapping[str, str], question: str, variant: str = "combine
     criteria = f" {assessment.criteria[question]}" if assessment.criteria[question] else ""
 
     def ask(task: str, output: str) -> str:
-        return _ASSESS_PROMPT.format(task=task, output=output, what=QUESTIONS[question].what, criteria=criteria)
+        return _ASSESS_PROMPT.format(
+            task=task, output=output, what=QUESTIONS[question].what, criteria=criteria, lead_in=LEAD_IN
+        )
 
     shown = [f"{ask(example.task, example.output)} {example.reply}\n\n\n" for example in assessment.examples]
     task = f"{row['instruction']}{joint}{row['input']}" if row["input"] else row["instruction"]

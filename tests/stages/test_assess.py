@@ -1,10 +1,15 @@
 """Quality is asked of all pairs, following of those that pass; a score is read or it is null. Or as the level says."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from isheep.config import ASSESS_LEVELS, ASSESS_PROMPTS, AssessConfig, SelectConfig, UserError
+from isheep.config import ASSESS_LEVELS, ASSESS_PROMPTS, AssessConfig, SamplerConfig, SelectConfig, UserError
+from isheep.model.batch import PackedBatch
+from isheep.model.transformer import Transformer
+from isheep.sampler.engine import Sampler
 from isheep.sampler.request import Request
 from isheep.stages import Iteration, read_sealed, verdict
 from isheep.stages.assess import assess
@@ -13,6 +18,7 @@ from isheep.summary import stage_counts
 from isheep.text.prompts import assess_prompt
 from isheep.text.tokenizer import Tokenizer
 from tests.scripted import ScriptedSampler, Stopped, folder_bytes, iteration, sealed, stopping, tiny_tokenizer, words
+from tests.tiny import tiny_model
 
 REPLIES = {
     "iter1/0.0/quality": "9||Clear.",
@@ -232,3 +238,85 @@ def test_joined_as_the_paper_ran_it(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assess(it, sampler.stream, tokenizer, 8.0, AssessConfig())
     texts = [tokenizer.decode(list(request.prompt_token_ids)) for request in sampler.seen]
     assert len(texts) == 2 and all("\nAdd. 1 and 2\n" in text for text in texts)
+
+
+EXPECTED = AssessConfig(score_decoding="expected")
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return tiny_model(max_position_embeddings=4096)
+
+
+def reader(model: Transformer, tokenizer: Tokenizer, **cfg: int) -> Sampler:
+    return Sampler(model, tokenizer, SamplerConfig(**cfg))
+
+
+def test_an_expected_score_is_the_mean_over_whole_strings(
+    it: Iteration, tokenizer: Tokenizer, model: Transformer
+) -> None:
+    sampler = reader(model, tokenizer)
+    assess(it, sampler.stream, tokenizer, 8.0, EXPECTED)
+    replies = read_sealed(it.file("replies.jsonl"))
+    asked = [f"{row['id']}/{row['question']}" for row in replies]
+    assert asked == [f"iter1/0.{i}/{question}" for question in ("quality", "following") for i in range(4)]
+    pairs = {pair["id"]: pair for pair in read_sealed(it.file("answers.jsonl"))}
+    for row in replies:  # each number behind the question, in a plain pass of its own
+        prompt = assess_prompt(pairs[row["id"]], row["question"])
+        logprobs = {n: whole_logprob(model, tokenizer, prompt, f" {n}") for n in range(1, 11)}
+        weights = {n: math.exp(logprob) for n, logprob in logprobs.items()}
+        weights[1] -= weights[10]
+        total = sum(weights.values())
+        blank = math.exp(whole_logprob(model, tokenizer, prompt, " "))
+        assert row["score"] == pytest.approx(sum(n * p for n, p in weights.items()) / total, abs=2e-4)
+        assert row["mass"] == pytest.approx(total / blank, rel=1e-3)  # given the blank, which is part of the prompt
+        assert row["shares"] == pytest.approx([weights[n] / total for n in range(1, 11)], abs=1e-4)
+    rows = read_sealed(it.file("scores.jsonl"))
+    assert [row["quality_score"] for row in rows] == [row["score"] for row in replies[:4]]
+    assert [row["following_score"] for row in rows] == [row["score"] for row in replies[4:]]
+    counts = stage_counts(it.folder, "assess")
+    assert counts["no quality score read"] == counts["no following score read"] == 0
+
+
+@torch.no_grad()
+def whole_logprob(model: Transformer, tokenizer: Tokenizer, prompt: str, text: str) -> float:
+    ids, start = tokenizer.encode(prompt + text), len(tokenizer.encode(prompt))
+    logprobs = model.logits(model(PackedBatch.pack([ids], "cpu"))).double().log_softmax(-1)
+    return sum(logprobs[i - 1, ids[i]].item() for i in range(start, len(ids)))
+
+
+def test_expected_scores_cost_no_decode_step_and_share_the_pair(
+    it: Iteration, tokenizer: Tokenizer, model: Transformer
+) -> None:
+    sampler = reader(model, tokenizer, max_num_batched_tokens=8192)
+    assess(it, sampler.stream, tokenizer, 8.0, EXPECTED)
+    pairs = [pair for pair in read_sealed(it.file("answers.jsonl")) if pair["verdict"] == "kept"]
+    lens, shared = [], 0
+    for pair in pairs:
+        ids = [tokenizer.encode(assess_prompt(pair, question)) for question in ("quality", "following")]
+        lens += [len(each) + 2 for each in ids]  # the blank and the "1" of "10"
+        same = next(i for i, (a, b) in enumerate(zip(*ids)) if a != b)
+        shared += same // 16 * 16
+    stats = sampler.stats
+    assert stats.num_decode_tokens == len(lens) == 8  # one unused token each, drawn from the prompt's own pass
+    assert stats.num_steps <= 3
+    assert stats.num_prefill_tokens + stats.num_cached_tokens == sum(lens)
+    first = tokenizer.encode(assess_prompt(pairs[0], "quality"))
+    intro = next(
+        i for i, (a, b) in enumerate(zip(first, tokenizer.encode(assess_prompt(pairs[1], "quality")))) if a != b
+    )
+    assert stats.num_cached_tokens == shared + 3 * (intro // 16 * 16)
+
+
+def test_expected_scores_stopped_anywhere(
+    tmp_path: Path, it: Iteration, tokenizer: Tokenizer, model: Transformer
+) -> None:
+    assess(it, reader(model, tokenizer, max_num_seqs=1).stream, tokenizer, 8.0, EXPECTED)
+    whole = folder_bytes(it.folder)
+    for after in range(0, 8, 3):
+        again = written(iteration(tmp_path / f"stopped{after}"))
+        sampler = reader(model, tokenizer, max_num_seqs=1)
+        with pytest.raises(Stopped):
+            assess(again, stopping(sampler, after), tokenizer, 8.0, EXPECTED)
+        assess(again, sampler.stream, tokenizer, 8.0, EXPECTED)
+        assert folder_bytes(again.folder) == whole
