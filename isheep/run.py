@@ -314,8 +314,8 @@ def plan(cfg: RunConfig, opened: Opened, seeds: Path, env: dict[str, Any]) -> li
     return [
         f"{cfg.model}: {env['num_parameters'] / 1e6:,.0f} M parameters in {cfg.dtype} on {env['device_name']}"
         f" ({env['device']}, {env['num_threads']} threads, {env['backend']})",
-        f"{cfg.baseline or cfg.setting}, {cfg.iterations} iterations of {cfg.instruct.data_size:,} instructions from {seeds.name}; "
-        f"kept: {_kept(cfg)}",
+        f"{cfg.baseline or cfg.setting}, {cfg.iterations} iterations of {cfg.instruct.data_size:,} instructions "
+        f"from {seeds.name}; kept: {_kept(cfg)}",
         f"trained: LoRA r {cfg.train.r}, {cfg.train.epochs:g} epochs, learning rate {cfg.train.learning_rate:g}, "
         f"template {opened.template.name}",
         f"results in {cfg.out}; stopped at any moment, the same command goes on",

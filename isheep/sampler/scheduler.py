@@ -5,9 +5,9 @@ prompts that are partly computed, then newly admitted sequences, each group in o
 
 Admission. A sequence is given all blocks of its present tokens at once, so prefill never runs out of blocks half-way.
     It is admitted only if thereafter one more block is left for each running sequence to grow into.
-Shared prefixes. What others have computed before is found in the cache. If the next block that a newly admitted sequence
-    lacks is just being computed by a running one, it waits until that is there, and those behind it with it: a prefix
-    that many requests share is computed once, also where they all come at the same moment.
+Shared prefixes. What others have computed before is found in the cache. If the next block that a waiting sequence lacks
+    is just being computed by a running one, it waits until that is there, and those behind it with it: a prefix that
+    many requests share is computed once, also where they all come at the same moment.
 Preemption. If a decoding sequence finds no block to grow into, the latest arrival among the running ones gives up its
     blocks and waits again, ahead of all later arrivals; its tokens stay, its keys and values are computed again. The
     earliest one is never a victim while others run, so there is always progress; alone, each fits (`add` sees to it).
