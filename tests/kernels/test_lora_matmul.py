@@ -2,7 +2,16 @@ import pytest
 import torch
 
 from isheep.model import ops
-from isheep_kernels.lora_matmul import Dropout, dropout_mask, lora_matmul_ref
+from isheep_kernels.lora_matmul import (
+    FUSED_UP_TO,
+    Dropout,
+    Projection,
+    dropout_mask,
+    lora_matmul,
+    lora_matmul_ref,
+    lora_matmuls,
+)
+from tests.kernels.fence import INTERPRETED, assert_kernel_is_as_good_as, fenced, poisoned
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, needs_compiler, randn
 
 SCALE = 2.0
@@ -170,3 +179,110 @@ def test_other_names_draw_independently(p, key, row, start):
 def test_dropout_mask_of_a_few_elements(n):
     assert dropout_mask(torch.empty(1, n), 0.5, 3, names((0, 1))).shape == (1, n)
     assert dropout_mask(torch.empty(1, n), 0.0, 3, names((0, 1))).all()
+
+
+# ---- the Triton kernels, in the interpreter --------------------------------------------------------------------------
+
+
+def tensors(dtype, T, K, N, r, bias=True):
+    """What is trained, what is frozen, and the output's gradient."""
+    (x, w, c, a, b), dy = problem(dtype, T, K, N, r, bias)
+    return {"x": x, "a": a, "b": b}, {"w": w} | ({"bias": c} if bias else {}), [dy]
+
+
+def both(dropout=None):
+    """(the kernel, the definition) as functions of named tensors."""
+
+    def of(function):
+        return lambda x, w, a, b, bias=None: function(x, w, bias, a, b, SCALE, dropout)
+
+    return of(lora_matmul), of(lora_matmul_ref)
+
+
+@pytest.fixture(params=["fused", "beside a library product"])
+def fused(request, monkeypatch):
+    """Both of what `FUSED_UP_TO` chooses from."""
+    if request.param != "fused":
+        monkeypatch.setitem(FUSED_UP_TO, 80, 0)
+
+
+ODD = [(1, 1, 1, 1), (1, 50, 71, 3), (77, 150, 141, 19)]  # T, K, N, r: one row; nothing divides by a block
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("T", "K", "N", "r"), ODD, ids=str)
+def test_the_triton_kernels(T, K, N, r, dtype, fused):
+    trained, frozen, grads = tensors(dtype, T, K, N, r)
+    assert_kernel_is_as_good_as(*both(), trained, frozen, grads)
+
+
+@INTERPRETED
+def test_the_triton_kernels_with_dropout(dtype, fused):
+    trained, frozen, grads = tensors(dtype, 77, 150, 141, 3, bias=False)
+    dropout = Dropout(0.25, 2**63 - 11, names((2**31 - 1, 30), (7, 47)))
+    assert_kernel_is_as_good_as(*both(dropout), trained, frozen, grads)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("T", "r"), [(1, 3), (13, 16), (40, 40)], ids=str)
+def test_few_rows_without_gradients(T, r, dtype):
+    """Decoding's path: x meets a on its way past w, or first where the rank is too wide for that."""
+    trained, frozen, _ = tensors(dtype, T, 150, 71, r)
+    inputs = trained | frozen
+    kernel, reference = both()
+    with poisoned(), torch.no_grad():
+        got = kernel(**{name: fenced(t) for name, t in inputs.items()})
+    wide = {name: t.double() for name, t in inputs.items()}
+    assert_as_good_as(got, reference(**inputs), reference(**wide))
+
+
+@pytest.mark.parametrize("dropped", [False, True], ids=["one pass", "a mask each"])
+def test_projections_of_the_same_input(dropped):
+    """As one at a time, ranks of their own included; the input's gradients are added."""
+    x, shapes = randn(70, 50, seed=0), [(71, 3), (20, 5), (33, 16)]
+    dropouts = [Dropout(0.5, KEY + i, names((4, 70))) if dropped else None for i in range(3)]
+    frozen = [randn(N, 50, seed=i) for i, (N, r) in enumerate(shapes)]
+    trained = [(randn(r, 50, seed=i), randn(N, r, seed=i + 9)) for i, (N, r) in enumerate(shapes)]
+    grads = [randn(70, N, seed=i + 20) for i, (N, _) in enumerate(shapes)]
+
+    def run(together):
+        leaves = [t.clone().requires_grad_() for t in (x, *(t for pair in trained for t in pair))]
+        pairs = list(zip(leaves[1::2], leaves[2::2]))
+        projections = [Projection(w, None, *pair, SCALE, d) for w, pair, d in zip(frozen, pairs, dropouts)]
+        ys = lora_matmuls(leaves[0], projections) if together else [lora_matmul(leaves[0], *p) for p in projections]
+        torch.autograd.backward(list(ys), grads)
+        return [*ys, *(t.grad for t in leaves)]
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("key", [0, 1, KEY, 2**32 - 1, 2**63 - 1])
+@pytest.mark.parametrize("p", [0.05, 0.9])
+def test_the_triton_kernels_draw_the_same_mask(p, key):
+    """With a and b unit matrices and w = 0, an output is nothing but a kept element of x: forward, and dx backward."""
+    tokens = names((2**31 - 1, 9), (0, 8)) + 3
+    x = torch.ones(17, 40, requires_grad=True)
+    args = torch.zeros(40, 40), None, torch.eye(40), torch.eye(40), 1 - p, Dropout(p, key, tokens)
+    y = lora_matmul(x, *args)
+    y.backward(torch.ones(17, 40))
+    mask = dropout_mask(x, p, key, tokens).float()
+    assert torch.equal(y.detach().round(), mask) and torch.equal(x.grad.round(), mask)
+
+
+def test_stacked_adapters_are_one_of_the_summed_rank():
+    (x, w, bias, a, b), _ = problem(torch.float32, r=12)
+    y = lora_matmul(x, w, bias, a, b, SCALE)
+    first = lora_matmul(x, w, bias, a[:5], b[:, :5], SCALE)
+    second = lora_matmul(x, torch.zeros_like(w), None, a[5:], b[:, 5:], SCALE)
+    assert torch.allclose(y, first + second, rtol=1e-5, atol=2e-4)
+
+
+def test_the_triton_kernels_refuse_what_does_not_fit():
+    (x, w, bias, a, b), _ = problem(torch.float32)
+    with pytest.raises(ValueError, match=r"a \(2, 50\)"):
+        lora_matmul(x, w, bias, a[:2], b, SCALE)
+    with pytest.raises(ValueError, match="float64"):
+        lora_matmul(x.double(), w, bias, a, b, SCALE)
+    with pytest.raises(ValueError, match="37 rows"):
+        lora_matmul(x, w, bias, a, b, SCALE, Dropout(0.5, 1, torch.arange(36)))
