@@ -229,16 +229,25 @@ class AssessConfig:
 class MeasureConfig:
     """Perplexities and last-layer vectors of the pairs (the ablation on filters by internal state).
 
-    The paper does not say how it pools the vectors; the mean over tokens is this project's default.
+    The paper does not say how it pools the vectors; the mean over tokens is this project's default. `context`: "none"
+    is the paper's, the output alone and the fields of the pair joined; with "prompt" the output is scored given the
+    prompt that it answers, and the pair is both: caught while answers are sampled, it costs no pass.
     """
 
     enabled: bool = True
+    context: str = "none"
     pooling: str = "mean"
     batch_tokens: int = 4096  # tokens of one forward
 
     def __post_init__(self) -> None:
+        _choose(self, "context", ("none", "prompt"))
         _choose(self, "pooling", ("mean", "last"))
         _require(self, "batch_tokens", self.batch_tokens >= 1, "at least 1")
+
+    @property
+    def catches(self) -> bool:
+        """Whether the measures are caught while answers are sampled."""
+        return self.enabled and self.context == "prompt"
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@
 `--data` is a JSON array or JSONL of {"instruction", "input", "output"}. A row of `--out` is the row of `--data` plus
 output_ppl, pair_ppl, num_output_tokens and num_pair_tokens. `--vectors` gets `mean` and `last`, each [N, C] float32 in
 row order. Perplexity is exp of the mean negative log-likelihood of tokens 2 to n (paper §5); no special token is added.
-The same command goes on where it was stopped.
+With `--template` the output is scored given the prompt that this template makes of instruction and input, and the pair
+is that prompt and the output. The same command goes on where it was stopped.
 """
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,10 @@ from isheep.mesh import ALONE, Mesh
 from isheep.model import ops
 from isheep.model.batch import PackedBatch
 from isheep.model.transformer import Transformer
+from isheep.text.templates import TEMPLATES, template
 from isheep.text.tokenizer import Tokenizer
 
+Prompt = Callable[[Mapping[str, Any]], str]
 FIELDS = ("instruction", "input", "output")
 POOLINGS = ("mean", "last")
 
@@ -43,6 +46,20 @@ class Scored:
     vectors: Tensor  # [rows, len(POOLINGS), C] fp32 on the CPU; no rows where none were asked for
 
 
+class Item(NamedTuple):
+    """A row as token ids."""
+
+    output: list[int]  # to be scored alone; empty where it is scored within the pair
+    pair: list[int]
+    num_before: int | None = None  # tokens of the pair before its output, where the output is scored given those
+    num_pooled: int | None = None  # first tokens of the pair that vectors are pooled over; None: all
+
+    @property
+    def num_tokens(self) -> int:
+        """What it costs in a forward."""
+        return len(self.output) + len(self.pair)
+
+
 def score_rows(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -53,27 +70,41 @@ def score_rows(
     batch_tokens: int = MeasureConfig.batch_tokens,
     skip: int = 0,
     mesh: Mesh = ALONE,
+    prompt: Prompt | None = None,
 ) -> Iterator[Scored]:
     """Score every row's output alone, and its instruction, input and output joined by `join` (empty ones left out).
+
+    With `prompt`, a row's text before its output, the output is scored given that, and the pair is both; of an output
+    whose finish_reason is "length" the vectors leave out the last token, as they do where it was sampled.
 
     Yields batches of whole rows in order. Which rows share a forward follows from the rows and `batch_tokens` alone, so
     a run that goes on with `skip` rows done gets the bytes of one that was not stopped (in float32). A text of fewer
     than 2 tokens has no perplexity (None); one beyond the model's context is cut there and counted in the log.
     """
-    texts = [(row.get("output") or "", join.join(filter(None, map(row.get, FIELDS)))) for row in rows]
     limit = model.config.context_len
-    whole = [(tokenizer.encode(output), tokenizer.encode(pair)) for output, pair in texts]
-    num_cut = sum(len(pair) > limit for _, pair in whole)
+    whole = [_given(row, prompt(row), tokenizer) if prompt else _alone(row, join, tokenizer) for row in rows]
+    num_cut = sum(len(item.pair) > limit for item in whole)
     if num_cut:
         log.warning("%d of %d rows are longer than the model's context of %d tokens: cut", num_cut, len(rows), limit)
-    ids = [(output[:limit], pair[:limit]) for output, pair in whole]
-    spans = list(_batches([len(output) + len(pair) for output, pair in ids], batch_tokens))
+    items = [item._replace(output=item.output[:limit], pair=item.pair[:limit]) for item in whole]
+    spans = list(_batches([item.num_tokens for item in items], batch_tokens))
     todo = [(first, last) for first, last in spans if first >= skip]
-    scored = _score_together(model, [ids[first:last] for first, last in todo], adapter, vectors, mesh)
+    scored = _score_together(model, [items[first:last] for first, last in todo], adapter, vectors, mesh)
     yield from (Scored(first, *part) for (first, _), part in zip(todo, scored, strict=True))
 
 
-Batch = Sequence[tuple[list[int], list[int]]]  # rows of (output ids, pair ids) that share a forward
+def _alone(row: Mapping[str, Any], join: str, tokenizer: Tokenizer) -> Item:
+    pair = join.join(filter(None, map(row.get, FIELDS)))
+    return Item(tokenizer.encode(row.get("output") or ""), tokenizer.encode(pair))
+
+
+def _given(row: Mapping[str, Any], prompt: str, tokenizer: Tokenizer) -> Item:
+    before, output = tokenizer.encode(prompt), tokenizer.encode(row.get("output") or "")
+    was_cut = row.get("finish_reason") == "length"
+    return Item([], before + output, len(before), len(before) + len(output) - was_cut)
+
+
+Batch = Sequence[Item]  # rows that share a forward
 
 
 def _score_together(
@@ -100,7 +131,7 @@ def _score_own(
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """This rank's batch. One that has none takes a token, for the gathering of weights is everybody's."""
     with mesh.together():
-        return _score(model, group[mesh.rank] if mesh.rank < len(group) else [([0], [])], adapter, vectors)
+        return _score(model, group[mesh.rank] if mesh.rank < len(group) else [Item([0], [])], adapter, vectors)
 
 
 def _batches(num_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int, int]]:
@@ -117,22 +148,26 @@ def _batches(num_tokens: Sequence[int], batch_tokens: int) -> Iterator[tuple[int
 
 @torch.no_grad()
 def _score(model: Transformer, rows: Batch, adapter: str | None, vectors: bool) -> tuple[list[dict[str, Any]], Tensor]:
-    """rows of (output ids, pair ids) -> their scores and, where asked for, pooled vectors of the pairs."""
-    lens = [len(ids) for row in rows for ids in row]
-    nll, hidden = _forward(model, [ids for row in rows for ids in row if ids], adapter)
-    means = [_mean(part) for part in nll.split(lens)]
-    scores = [
-        {
-            "output_ppl": _ppl(means[i]),
-            "pair_ppl": _ppl(means[i + 1]),
-            "num_output_tokens": lens[i],
-            "num_pair_tokens": lens[i + 1],
-        }
-        for i in range(0, len(lens), 2)
-    ]
+    """Rows -> their scores and, where asked for, pooled vectors of the pairs."""
+    lens = [len(ids) for row in rows for ids in (row.output, row.pair)]
+    nll, hidden = _forward(model, [ids for row in rows for ids in (row.output, row.pair) if ids], adapter)
+    parts = nll.split(lens)
+    scores = [_scores(row, *parts[2 * i : 2 * i + 2]) for i, row in enumerate(rows)]
     pairs = hidden.split(lens)[1::2] if vectors else ()
-    pooled = [_pool(part) for part in pairs]
+    pooled = [_pool(part[: row.num_pooled]) for row, part in zip(rows, pairs)]
     return scores, torch.stack(pooled).cpu() if pooled else torch.zeros(0)
+
+
+def _scores(row: Item, output: Tensor, pair: Tensor) -> dict[str, Any]:
+    """From the negative log-likelihoods of each token's successor: a text's last place predicts nothing."""
+    output = output[:-1] if row.num_before is None else pair[max(row.num_before - 1, 0) : -1]
+    num_output = len(row.output) if row.num_before is None else max(len(row.pair) - row.num_before, 0)
+    return {
+        "output_ppl": perplexity(_mean(output)),
+        "pair_ppl": perplexity(_mean(pair[:-1])),
+        "num_output_tokens": num_output,
+        "num_pair_tokens": len(row.pair),
+    }
 
 
 def _forward(model: Transformer, sequences: Sequence[list[int]], adapter: str | None) -> tuple[Tensor, Tensor]:
@@ -147,11 +182,10 @@ def _forward(model: Transformer, sequences: Sequence[list[int]], adapter: str | 
 
 
 def _mean(nll: Tensor) -> float | None:
-    """Of tokens 2 to n: the last place of a sequence predicts nothing."""
-    return nll[:-1].double().mean().item() if len(nll) > 1 else None
+    return nll.double().mean().item() if len(nll) else None
 
 
-def _ppl(mean_nll: float | None) -> float | None:
+def perplexity(mean_nll: float | None) -> float | None:
     """Six digits: what two runs on other machines can agree on, and more than a filter needs."""
     if mean_nll is None:
         return None
@@ -211,6 +245,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, required=True, help="JSONL: each row with its scores")
     p.add_argument("--vectors", type=Path, help="safetensors file for the pairs' pooled last-layer vectors")
     p.add_argument("--join", default="", help="between instruction, input and output of a pair; default: nothing")
+    p.add_argument("--template", help=f"score outputs given their prompts: {', '.join(TEMPLATES)}")
     return p
 
 
@@ -226,6 +261,8 @@ def main() -> None:
     log.info("%d rows to score, %d skipped: no object, or a field that is no text", len(usable), num_bad)
     settings = {"model": args.model, "dtype": args.dtype, "join": args.join, "vectors": args.vectors is not None}
     settings["batch_tokens"] = cfg.batch_tokens
+    if args.template:
+        settings["template"] = template(args.template).name
     inputs = {"data": args.data}
     if args.adapter:
         inputs["adapter"] = named_folder(args.adapter[0])[1] / "adapter_model.safetensors"
@@ -247,6 +284,9 @@ def _score_file(
     num_done = sum(len(done) for done in journal.done.values())
     vectors = VectorFile(args.vectors, opened.model.config.hidden_size, num_done) if args.vectors else None
     options = {"join": args.join, "adapter": adapter, "vectors": vectors is not None, "batch_tokens": batch_tokens}
+    if args.template:
+        asked = template(args.template)
+        options["prompt"] = lambda row: asked.prompt(row.get("instruction") or "", row.get("input") or "")
     with Progress("scoring", len(rows)) as bar:
         bar.update(num_done)
         for batch in score_rows(opened.model, opened.tokenizer, rows, skip=num_done, mesh=mesh, **options):

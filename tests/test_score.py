@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from isheep.config import UserError
 from isheep.model.lora import LoRAConfig, attach, save_adapter
 from isheep.model.transformer import Transformer
 from isheep.score import Scored, score_rows
+from isheep.text.templates import template
 from isheep.text.tokenizer import Tokenizer, load_tokenizer
 from tests.tiny import tiny_model, transformers_twin, write_checkpoint
 
@@ -80,6 +82,31 @@ def test_scores_and_vectors_equal_transformers(
             torch.testing.assert_close(pooled, torch.stack([hidden.mean(0), hidden[-1]]), rtol=1e-4, atol=1e-4)
         else:
             assert not pooled.any()
+
+
+def test_given_a_prompt_scores_and_vectors_equal_transformers(
+    model: Transformer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    twin, asked = transformers_twin(model, tmp_path, "qwen2_gqa_tied"), template("chatml")
+    rows = [{**row, "finish_reason": "length" if i % 3 else "stop"} for i, row in enumerate(pairs(20))]
+
+    def prompt(row: Mapping[str, Any]) -> str:
+        return asked.prompt(row["instruction"], row.get("input", ""))
+
+    batches = list(score_rows(model, tokenizer, rows, vectors=True, batch_tokens=300, prompt=prompt))
+    vectors = torch.cat([batch.vectors for batch in batches])
+    for row, scores, pooled in zip(rows, scores_of(batches), vectors, strict=True):
+        before, output = tokenizer.encode(prompt(row)), tokenizer.encode(row["output"])
+        ids = torch.tensor([before + output])
+        assert (scores["num_output_tokens"], scores["num_pair_tokens"]) == (len(output), ids.shape[1])
+        with torch.no_grad():
+            out = twin(ids, output_hidden_states=True)
+        nll = torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), ids[0, 1:], reduction="none")
+        assert scores["pair_ppl"] == pytest.approx(nll.mean().exp().item(), rel=1e-4)
+        expected = nll[len(before) - 1 :].mean().exp().item() if output else None
+        assert scores["output_ppl"] == (expected if expected is None else pytest.approx(expected, rel=1e-4))
+        hidden = out.hidden_states[-1][0, : ids.shape[1] - (row["finish_reason"] == "length")]
+        torch.testing.assert_close(pooled, torch.stack([hidden.mean(0), hidden[-1]]), rtol=1e-4, atol=1e-4)
 
 
 def test_the_batch_size_changes_nothing_beyond_rounding(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -162,3 +189,10 @@ def test_the_command_resumes_to_the_same_bytes(
     assert not list(tmp_path.glob("*.part"))
     with pytest.raises(UserError, match=r"settings\.join"):
         call(monkeypatch, folder, data, out, "--join", " ", *flags)
+    with pytest.raises(UserError, match=r"settings\.template"):
+        call(monkeypatch, folder, data, out, "--template", "chatml", *flags)
+    with pytest.raises(UserError, match='no template "chatml2"'):
+        call(monkeypatch, folder, data, out, "--template", "chatml2", *flags)
+    call(monkeypatch, folder, data, tmp_path / "given.jsonl", "--template", "chatml")
+    given = json.loads((tmp_path / "given.jsonl").read_text().splitlines()[5])
+    assert given["output_ppl"] != written[5]["output_ppl"] and given["num_pair_tokens"] > written[5]["num_pair_tokens"]
