@@ -54,7 +54,7 @@ def iterate(run: Session) -> None:
         with run.stage(it, "instruct"):
             instruct(it, run.stream, tokenizer, run.seeds, earlier, cfg.instruct)
         with run.stage(it, "answer"):
-            answer(it, run.stream, tokenizer, cfg.answer)
+            answer(it, run.stream, tokenizer, run.seeds, cfg.answer)
         if cfg.scores:
             with run.stage(it, "assess"):
                 assess(it, run.stream, tokenizer, cfg.select.threshold, cfg.assess)

@@ -1,12 +1,13 @@
 """Rules that a generated instruction, and later its answer, must pass: a table of named reasons each, in order.
 
-The rules are the paper's (arXiv 2408.08072, its appendix on filters). The first reason that holds drops the row.
-Words are matched whole and in any case. Each table is read from top to bottom.
+The rules are the paper's (arXiv 2408.08072, its appendix on filters); those for instances are Self-Instruct's. The first
+reason that holds drops the row. Words are matched whole and in any case. Each table is read from
+top to bottom.
 """
 
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -27,6 +28,11 @@ def pair_reason(row: Row, option_letter_rule: str = "fixed") -> str | None:
     did; "fixed" does not.
     """
     return next((reason for reason, holds in PAIR_RULES if holds(row, option_letter_rule)), None)
+
+
+def instance_reason(instance: Row, siblings: Sequence[Row] = ()) -> str | None:
+    """Why Self-Instruct drops {input, output}, one of the instances of an instruction; None if it is kept."""
+    return next((reason for reason, holds in INSTANCE_RULES if holds(instance, siblings)), None)
 
 
 def _either(pattern: str) -> Callable[[Row, object], bool]:
@@ -60,6 +66,10 @@ def _bad_start(row: Row, cfg: InstructConfig) -> bool:
     return first in string.punctuation or not first.isascii()
 
 
+def _refused_start(row: Row, cfg: InstructConfig) -> bool:
+    return row["instruction"].lower().startswith(tuple(start.lower() for start in cfg.refused_starts))
+
+
 def _follow_up_question(row: Row, _: object) -> bool:
     """A blank line, then a short line with a question mark: the model went on to the user's next turn."""
     lines = [line.strip() for line in row["output"].split("\n")]
@@ -81,6 +91,12 @@ def _input_repeated(row: Row, _: object) -> bool:
     return bool(input) and input in row["instruction"]
 
 
+def _contradicted(instance: Row, siblings: Sequence[Row]) -> bool:
+    """A sibling has the same input, but another output: neither can be trusted."""
+    same = [other for other in siblings if instance["input"] and other["input"] == instance["input"]]
+    return any(other["output"] != instance["output"] for other in same)
+
+
 _NO_INPUT = r"\bno ?input\b"
 # Han: the unified block, extension A, the compatibility block, and the planes of the later extensions.
 _CJK = "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -90,6 +106,7 @@ INSTRUCTION_RULES: tuple[tuple[str, Callable[[Row, InstructConfig], bool]], ...]
     ("too_long", lambda row, cfg: len(row["instruction"].split()) > cfg.max_words),
     ("blacklist", _blacklisted),
     ("bad_start", _bad_start),
+    ("refused_start", _refused_start),
     ("no_input_marker", _either(_NO_INPUT)),
     ("field_label", _either(r"\b(?:instruction|input|output)\s*:")),
     ("url", _either(r"\b(?:https?|ftp)://|\bwww\.")),
@@ -108,4 +125,11 @@ PAIR_RULES: tuple[tuple[str, Callable[[Row, str], bool]], ...] = (
     ("angle_brackets", _either(r"<[^<>]{1,20}>")),
     ("none_text", _either("none")),  # a bare substring, as the paper's runs had it: "nonetheless" is hit too
     ("input_repeated", _input_repeated),
+)
+
+INSTANCE_RULES: tuple[tuple[str, Callable[[Row, Sequence[Row]], bool]], ...] = (
+    ("empty_output", lambda row, _: not row["output"]),
+    ("input_is_output", lambda row, _: row["input"] == row["output"]),
+    ("ends_with_colon", lambda row, _: row["input"].endswith(":") or row["output"].endswith(":")),
+    ("duplicate_input", _contradicted),
 )

@@ -1,7 +1,9 @@
-"""The model answers its own instructions, zero-shot, one answer each (paper §3)."""
+"""The model answers its own instructions, one answer each: zero-shot (paper §3), or as one of the baselines does."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
 
 from isheep.artifacts import Journal
 from isheep.config import AnswerConfig, settings
@@ -9,30 +11,55 @@ from isheep.filter.rules import pair_reason
 from isheep.log import Progress
 from isheep.sampler.request import Completion, Request, SamplingParams
 from isheep.stages import Iteration, Row, Stream, kept, read_sealed, sample, verdict
+from isheep.stages.instances import instances
+from isheep.text.principles import LONG_ANSWERS, NEXT_QUESTION, parse_reply, principle_prompt
+from isheep.text.templates import Template
 from isheep.text.tokenizer import Tokenizer
 
 
-def answer(it: Iteration, stream: Stream, tokenizer: Tokenizer, cfg: AnswerConfig) -> None:
-    """Answer each kept instruction, then drop pairs by rule.
+class Method(Protocol):
+    """How an instruction is put to the model, and what its reply means."""
 
-    reads   instructions.jsonl
+    @property
+    def params(self) -> SamplingParams: ...
+
+    def prompt(self, row: Row) -> str:
+        """The text after which the model answers a row {id, instruction, input}."""
+
+    def read(self, row: Row, completion: Completion) -> Row:
+        """What the completion adds to the row: output, verdict, reason, and what else the method finds."""
+
+
+def answer(it: Iteration, stream: Stream, tokenizer: Tokenizer, seeds: Path, cfg: AnswerConfig) -> None:
+    """Answer each kept instruction, then drop pairs by the method's own rules.
+
+    reads   instructions.jsonl; for the method "instances" also the seed tasks
     writes  answers.jsonl   {id, instruction, input, output, finish_reason, num_output_tokens, verdict, reason}, in the
                             order of the instructions. An instruction too long for the model's context has no output.
+                            Of the method "instances" also is_classification, and the input is found with the output;
+                            of "principles" also thoughts.
+            classes.jsonl   of the method "instances", see `instances`
     """
     file = it.file("instructions.jsonl")
+    rows = {f"{row['id']}/answer": _task(row) for row in kept(read_sealed(file))}
+    inputs = {"instructions": file}
+    if cfg.method == "instances":
+        method: Method = instances(it, stream, tokenizer, seeds, list(rows.values()), cfg)
+        inputs |= {"seeds": seeds, "classes": it.file("classes.jsonl")}
+    else:
+        method = _method(it, cfg)
     what = {**settings(cfg), "template": it.template.name, "paper_joins": it.paper_joins}
-    with it.journal("answers.jsonl", what, {"instructions": file}) as journal:
+    with it.journal("answers.jsonl", what, inputs) as journal:
         if journal.sealed:
             return
-        rows = {f"{row['id']}/answer": _task(row) for row in kept(read_sealed(file))}
 
         def pair(completion: Completion) -> Row:
-            answered = {**rows[completion.id], "output": completion.text}
+            row = rows[completion.id]
             how = {"finish_reason": completion.finish_reason, "num_output_tokens": len(completion.token_ids)}
-            return {**answered, **how, **verdict(pair_reason(answered, cfg.option_letter_rule))}
+            return {**row, **how, **method.read(row, completion)}
 
         with Progress(f"{it.name} answer", len(rows)) as bar:
-            sample(stream, _requests(it, tokenizer, rows, cfg, journal), journal, pair, bar)
+            sample(stream, _requests(it, tokenizer, rows, method, journal), journal, pair, bar)
         journal.seal(rows)
 
 
@@ -41,17 +68,72 @@ def _task(row: Row) -> Row:
 
 
 def _requests(
-    it: Iteration, tokenizer: Tokenizer, rows: dict[str, Row], cfg: AnswerConfig, journal: Journal
+    it: Iteration, tokenizer: Tokenizer, rows: dict[str, Row], method: Method, journal: Journal
 ) -> Iterator[Request]:
     """A request for each row that fits the context; the others are journaled as dropped on the way."""
-    params = SamplingParams(
-        temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens, stop=it.template.stop
-    )
-    template = replace(it.template, joint="") if it.paper_joins else it.template
     for key, row in rows.items():
-        ids = tokenizer.encode(template.prompt(row["instruction"], row["input"]))
+        ids = tokenizer.encode(method.prompt(row))
         if it.fits(ids):
-            yield Request(key, tuple(ids), params, it.adapter)
+            yield Request(key, tuple(ids), method.params, it.adapter)
         elif key not in journal.done:
             nothing = {"output": "", "finish_reason": None, "num_output_tokens": 0}
             journal.append(key, [{**row, **nothing, **verdict("exceeds_context")}])
+
+
+def _method(it: Iteration, cfg: AnswerConfig) -> Method:
+    template = replace(it.template, joint="") if it.paper_joins else it.template
+    if cfg.verbose and it.adapter is not None:
+        return AtLength(template)
+    sampling = SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens)
+    if cfg.method == "principles":
+        return Principled(template, replace(sampling, stop=(NEXT_QUESTION,)))
+    return ZeroShot(template, replace(sampling, stop=template.stop), cfg.option_letter_rule)
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The instruction as it stands; the paper's rules for pairs."""
+
+    template: Template
+    params: SamplingParams
+    option_letter_rule: str
+
+    def prompt(self, row: Row) -> str:
+        return self.template.prompt(row["instruction"], row["input"])
+
+    def read(self, row: Row, completion: Completion) -> Row:
+        output = {"output": completion.text}
+        return {**output, **verdict(pair_reason({**row, **output}, self.option_letter_rule))}
+
+
+@dataclass(frozen=True)
+class Principled:
+    """After rules and exemplars: a reply must have thoughts and an answer, of which the answer is the output."""
+
+    template: Template
+    params: SamplingParams
+
+    def prompt(self, row: Row) -> str:
+        return principle_prompt(self.template.content(row["instruction"], row["input"]))
+
+    def read(self, row: Row, completion: Completion) -> Row:
+        found = parse_reply(completion.text)
+        if found is None:
+            return {"output": completion.text, "thoughts": "", **verdict("marker_missing")}
+        thoughts, output = found
+        return {"output": output, "thoughts": thoughts, **verdict(None if output else "empty_output")}
+
+
+@dataclass(frozen=True)
+class AtLength:
+    """The model that was trained on principled answers is asked for long ones, in its own format."""
+
+    template: Template
+    params = SamplingParams(temperature=0.3, top_p=0.7, max_tokens=512)
+
+    def prompt(self, row: Row) -> str:
+        task = self.template.content(row["instruction"], row["input"])
+        return self.template.chat([{"role": "system", "content": LONG_ANSWERS}, {"role": "user", "content": task}])
+
+    def read(self, row: Row, completion: Completion) -> Row:
+        return {"output": completion.text, **verdict(None if completion.text.strip() else "empty_output")}

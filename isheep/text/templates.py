@@ -25,7 +25,11 @@ class Template:
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The text after which the model answers one instruction."""
-        return self._render([{"role": "user", "content": instruction + self.joint + input if input else instruction}])
+        return self._render([{"role": "user", "content": self.content(instruction, input)}])
+
+    def content(self, instruction: str, input: str = "") -> str:
+        """What the user says in it."""
+        return instruction + self.joint + input if input else instruction
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text after which the model answers the last of `messages` [{role, content}]; UserError for bad ones."""

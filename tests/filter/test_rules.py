@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from isheep.config import InstructConfig
-from isheep.filter.rules import INSTRUCTION_RULES, PAIR_RULES, instruction_reason, pair_reason
+from isheep.filter.rules import (
+    INSTANCE_RULES,
+    INSTRUCTION_RULES,
+    PAIR_RULES,
+    instance_reason,
+    instruction_reason,
+    pair_reason,
+)
 
 CFG = InstructConfig()
 GOOD = "Explain why the sky looks blue."
@@ -39,6 +46,38 @@ INSTRUCTIONS = [
     ("Sum up www.example.org in brief.", "", "url"),
     (GOOD, "the word http alone", None),
 ]
+
+
+REFUSED = [
+    ("Write a program that sorts words.", "refused_start"),
+    ("write a PROGRAM now, please.", "refused_start"),
+    ("Write a programme for the concert.", "refused_start"),  # the start of the text, not a word
+    ("Please write a program for me.", None),
+]
+
+INSTANCES = [
+    ("a cat", "animal", None),
+    ("", "animal", None),
+    ("a cat", "", "empty_output"),
+    ("animal", "animal", "input_is_output"),
+    ("a list:", "animal", "ends_with_colon"),
+    ("a cat", "It is an:", "ends_with_colon"),
+    ("a dog", "an animal", "duplicate_input"),
+    ("a dog", "animal", None),  # the very same as the sibling
+]
+SIBLINGS = [{"input": "a dog", "output": "animal"}, {"input": "", "output": "plant"}]
+
+
+@pytest.mark.parametrize(("instruction", "reason"), REFUSED)
+def test_refused_starts(instruction, reason):
+    row = {"instruction": instruction, "input": ""}
+    assert instruction_reason(row, InstructConfig(refused_starts=("Write a program",))) == reason
+    assert instruction_reason(row, CFG) is None
+
+
+@pytest.mark.parametrize(("input", "output", "reason"), INSTANCES)
+def test_instance_rules(input, output, reason):
+    assert instance_reason({"input": input, "output": output}, SIBLINGS) == reason
 
 
 @pytest.mark.parametrize(("instruction", "input", "reason"), INSTRUCTIONS)
@@ -119,7 +158,8 @@ def test_rules_on_instruction_and_input(instruction, input, reason):
 
 
 def test_every_rule_has_a_text_above():
-    assert {reason for reason, _ in INSTRUCTION_RULES} == {reason for *_, reason in INSTRUCTIONS} - {None}
+    assert {reason for reason, _ in INSTRUCTION_RULES} == {row[-1] for row in [*INSTRUCTIONS, *REFUSED]} - {None}
+    assert {reason for reason, _ in INSTANCE_RULES} == {reason for *_, reason in INSTANCES} - {None}
     on_pair = {"no_input_marker", "angle_brackets", "none_text", "input_repeated"}
     assert {reason for reason, _ in PAIR_RULES} == ({reason for _, reason in OUTPUTS} | on_pair) - {None}
 

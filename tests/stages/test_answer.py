@@ -13,6 +13,8 @@ from isheep.text.templates import template
 from isheep.text.tokenizer import Tokenizer
 from tests.scripted import ScriptedSampler, Stopped, folder_bytes, iteration, sealed, stopping, tiny_tokenizer, words
 
+SEEDS = Path("none")  # what is asked zero-shot needs none
+
 
 def instructions(n: int = 9) -> list[dict]:
     """Every third one was dropped by the stage before."""
@@ -44,7 +46,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 
 
 def test_the_kept_ones_are_answered_in_their_order(it: Iteration, tokenizer: Tokenizer) -> None:
-    answer(it, ScriptedSampler(shuffle=3).stream, tokenizer, AnswerConfig())
+    answer(it, ScriptedSampler(shuffle=3).stream, tokenizer, SEEDS, AnswerConfig())
     rows = read_sealed(it.file("answers.jsonl"))
     assert [row["id"] for row in rows] == [f"iter1/0.{i}" for i in (0, 1, 3, 4, 6, 7)]
     assert rows[0]["output"] == words("iter1/0.0/answer", 12) + "."
@@ -55,16 +57,16 @@ def test_rules_drop_pairs_with_a_reason(it: Iteration, tokenizer: Tokenizer) -> 
     def play(request: Request) -> str:
         return {"iter1/0.0/answer": "", "iter1/0.1/answer": "User: and now?"}.get(request.id, "Fine.")
 
-    answer(it, ScriptedSampler(play).stream, tokenizer, AnswerConfig())
+    answer(it, ScriptedSampler(play).stream, tokenizer, SEEDS, AnswerConfig())
     reasons = [row["reason"] for row in read_sealed(it.file("answers.jsonl"))]
     assert reasons == ["empty_output", "role_label", None, None, None, None]
 
 
 def test_base_is_asked_in_raw_text_and_a_tuned_model_in_its_format(tmp_path: Path, tokenizer: Tokenizer) -> None:
     base, tuned = ScriptedSampler(), ScriptedSampler()
-    answer(written(iteration(tmp_path / "a")), base.stream, tokenizer, AnswerConfig())
+    answer(written(iteration(tmp_path / "a")), base.stream, tokenizer, SEEDS, AnswerConfig())
     it = written(iteration(tmp_path / "b", template=template("chatml"), adapter="iter0"))
-    answer(it, tuned.stream, tokenizer, AnswerConfig(temperature=0.5, max_tokens=7))
+    answer(it, tuned.stream, tokenizer, SEEDS, AnswerConfig(temperature=0.5, max_tokens=7))
     row = instructions()[0]
     assert base.seen[0].adapter is None and tuned.seen[0].adapter == "iter0"
     assert tokenizer.decode(list(base.seen[0].prompt_token_ids)) == f"{row['instruction']}\n{row['input']}\n"
@@ -78,22 +80,22 @@ def test_joined_as_the_paper_ran_it(tmp_path: Path, tokenizer: Tokenizer) -> Non
     row = instructions()[0]
     for name in ("raw", "chatml"):
         sampler, it = ScriptedSampler(), written(iteration(tmp_path / name, template=template(name), paper_joins=True))
-        answer(it, sampler.stream, tokenizer, AnswerConfig())
+        answer(it, sampler.stream, tokenizer, SEEDS, AnswerConfig())
         text = tokenizer.decode(list(sampler.seen[0].prompt_token_ids))
         assert f"{row['instruction']}{row['input']}\n" in text
         with pytest.raises(UserError, match=r"paper_joins \(True, now False\)"):
-            answer(replace(it, paper_joins=False), sampler.stream, tokenizer, AnswerConfig())
+            answer(replace(it, paper_joins=False), sampler.stream, tokenizer, SEEDS, AnswerConfig())
 
 
 def test_stopped_anywhere_it_asks_only_what_is_left(tmp_path: Path, it: Iteration, tokenizer: Tokenizer) -> None:
-    answer(it, ScriptedSampler().stream, tokenizer, AnswerConfig())
+    answer(it, ScriptedSampler().stream, tokenizer, SEEDS, AnswerConfig())
     whole = folder_bytes(it.folder)
     for after in range(6):
         again = written(iteration(tmp_path / f"stopped{after}"))
         with pytest.raises(Stopped):
-            answer(again, stopping(ScriptedSampler(shuffle=after), after), tokenizer, AnswerConfig())
+            answer(again, stopping(ScriptedSampler(shuffle=after), after), tokenizer, SEEDS, AnswerConfig())
         rest = ScriptedSampler()
-        answer(again, rest.stream, tokenizer, AnswerConfig())
+        answer(again, rest.stream, tokenizer, SEEDS, AnswerConfig())
         assert len(rest.seen) == 6 - after
         assert folder_bytes(again.folder) == whole
 
@@ -103,12 +105,12 @@ def test_an_instruction_longer_than_the_context_is_dropped(tmp_path: Path, token
     rows[0]["instruction"] = words("long", 400)
     it = iteration(tmp_path, context_len=512)
     sealed(it.file("instructions.jsonl"), rows)
-    answer(it, ScriptedSampler().stream, tokenizer, AnswerConfig())
+    answer(it, ScriptedSampler().stream, tokenizer, SEEDS, AnswerConfig())
     assert [row["reason"] for row in read_sealed(it.file("answers.jsonl"))] == ["exceeds_context", None]
 
 
 def test_nothing_to_answer_is_an_empty_result(tmp_path: Path, tokenizer: Tokenizer) -> None:
     it = iteration(tmp_path)
     sealed(it.file("instructions.jsonl"), [])
-    answer(it, ScriptedSampler().stream, tokenizer, AnswerConfig())
+    answer(it, ScriptedSampler().stream, tokenizer, SEEDS, AnswerConfig())
     assert read_sealed(it.file("answers.jsonl")) == []
