@@ -109,7 +109,7 @@ def test_max_prompts_goes_on_with_less(
     folder = run(tmp_path, seeds, tokenizer, sampler, InstructConfig(data_size=50, num_in_context=3, max_prompts=3))
     assert 0 < len(kept(read_sealed(folder / "instructions.jsonl"))) < 50
     assert len(read_sealed(folder / "completions.jsonl")) == len(sampler.seen) == 3
-    assert "max_prompts = 3" in caplog.text
+    assert "after all 3 prompts" in caplog.text
 
 
 def test_what_an_earlier_iteration_kept_is_not_kept_again(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
@@ -154,7 +154,13 @@ def test_too_few_seeds_stop_the_run(tmp_path: Path, tokenizer: Tokenizer, rows: 
 def test_other_settings_are_refused(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
     run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
     with pytest.raises(UserError, match=r"temperature \(1.0, now 0.5\)"):
-        run(tmp_path, seeds, tokenizer, ScriptedSampler(play), InstructConfig(11, 3, temperature=0.5))
+        run(
+            tmp_path,
+            seeds,
+            tokenizer,
+            ScriptedSampler(play),
+            InstructConfig(data_size=11, num_in_context=3, temperature=0.5),
+        )
 
 
 def echo(request: Request) -> str:
@@ -189,7 +195,7 @@ def test_the_pool_of_a_call_knows_nothing_of_earlier_iterations(
     tmp_path: Path, seeds: Path, tokenizer: Tokenizer
 ) -> None:
     first = run(tmp_path, seeds, tokenizer, ScriptedSampler(play))
-    it, cfg = iteration(tmp_path, number=2), InstructConfig(11, 3, dedup_pool="call")
+    it, cfg = iteration(tmp_path, number=2), InstructConfig(data_size=11, num_in_context=3, dedup_pool="call")
     same = ScriptedSampler(lambda request: items(request.id.replace("iter2", "iter1"), first=4))
     instruct(it, same.stream, tokenizer, seeds, [first / "instructions.jsonl"], cfg)
     rows = [[row["instruction"] for row in kept(read_sealed(f / "instructions.jsonl"))] for f in (first, it.folder)]
