@@ -12,6 +12,7 @@ are stacked are one adapter of the summed rank.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -179,12 +180,12 @@ def _outer(low: Tensor, x: Tensor, scale: float, dropout: Dropout | None = None)
     """scale · lowᵀ drop(x) of low [S, T, R], x [T, K] -> [R, K] fp32."""
     (S, T, R), K = low.shape, x.shape[1]
     launch = _outer_launch(R)
-    blocks, steps = triton.cdiv(K, launch["BLOCK_K"]), triton.cdiv(T, launch["BLOCK_M"])
+    blocks, steps = triton.cdiv(K, launch["BLOCK_K"]), triton.cdiv(T, launch["BLOCK_T"])
     per_split = triton.cdiv(steps, min(16, steps, max(1, 2 * FILL // blocks)))
     splits = triton.cdiv(steps, per_split)
     out = torch.empty(splits, R, K, dtype=torch.float32, device=x.device)
     _lora_outer_kernel[(blocks, splits)](
-        low, x, out, T, K, R, S, per_split * launch["BLOCK_M"], scale, *low.stride()[:2], x.stride(0),
+        low, x, out, T, K, R, S, per_split * launch["BLOCK_T"], scale, *low.stride()[:2], x.stride(0),
         **_draws(dropout), **launch,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
@@ -203,13 +204,12 @@ def _product(
     shrink, add = low.dim() == 2, y is not None
     if shrink and triton.next_power_of_2(R) > 32:  # too wide to ride along
         low, shrink = _down(x, low), False
-    widest = FUSED_UP_TO[90 if capability(x) >= 90 else 80]
-    if T > FEW_ROWS and K > widest:
+    if not _fused(T, K, capability(x)):
         y = F.linear(x, w, bias) if y is None else y.addmm_(x, w.t())
         K, bias, add = 0, None, True  # what is left for the kernel
     if y is None:
         y = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    launch = _product_launch(T, K, R, x.dtype, capability(x))
+    launch = _product_launch(T, K, R, x.dtype, capability(x), masked=dropout is not None)
     grid = (triton.cdiv(T, launch["BLOCK_M"]) * triton.cdiv(N, launch["BLOCK_N"]),)
     strides = x.stride(0), *w.stride(), low.stride(0), low.stride(1), *b.stride()
     flags = {"BIAS": bias is not None, "ADD": add, "SHRINK": shrink}
@@ -218,6 +218,10 @@ def _product(
         x, w, bias, low, b, y, T, N, K, R, splits, scale, *strides, **flags, **_draws(dropout), **launch
     )
     return y
+
+
+def _fused(rows: int, inner: int, chip: int) -> bool:
+    return rows <= FEW_ROWS or inner <= FUSED_UP_TO[90 if chip >= 90 else 80]
 
 
 def _draws(dropout: Dropout | None) -> dict[str, Any]:
@@ -242,15 +246,15 @@ def _down_launch(R: int) -> dict[str, int]:
 
 def _outer_launch(R: int) -> dict[str, int]:
     block_r = _padded(R)
-    return {"BLOCK_M": 64, "BLOCK_K": 128 if block_r <= 64 else 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_T": 64, "BLOCK_K": 128 if block_r <= 64 else 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
 
-def _product_launch(T: int, K: int, R: int, dtype: torch.dtype, chip: int) -> dict[str, Any]:
+def _product_launch(T: int, K: int, R: int, dtype: torch.dtype, chip: int, masked: bool) -> dict[str, Any]:
     if dtype == torch.float32:  # exact products, without tensor cores: for checks, not for speed
         m, n, k, warps, stages = 64, 64, 32, 4, 2
     elif T <= FEW_ROWS:
         m, n, k, warps, stages = max(16, triton.next_power_of_2(T)), 32, 128, 4, 4
-    elif chip >= 90:
+    elif chip >= 90 and not masked:  # what is masked is a second tile in registers
         m, n, k, warps, stages = 128, 256, 64, 8, 3
     else:
         m, n, k, warps, stages = 128, 128, 64, 8, 3
@@ -321,15 +325,15 @@ def _lora_down_kernel(
 def _lora_outer_kernel(
     low, x, out, T, K, R, splits, chunk, scale, low_stride_s, low_stride_t, x_stride,
     tokens, key_low, key_high, threshold,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Program (j, s): BLOCK_K columns of out[s] = scale · lowᵀ drop(x) over rows s · chunk … of both."""
     k, r = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     split = tl.program_id(1).to(tl.int64)
     first = split * chunk
     total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for start in range(first, tl.minimum(first + chunk, T), BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+    for start in range(first, tl.minimum(first + chunk, T), BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
         seen = tl.load(x + rows[:, None] * x_stride + k[None, :], (rows < T)[:, None] & (k < K)[None, :], other=0.0)
         if MASKED:
             seen = tl.where(_kept(tokens, rows, T, k, key_low, key_high, threshold), seen, 0.0)
@@ -407,21 +411,20 @@ def variants(capability: int) -> Iterator[Variant]:
         return made._replace(divisible_by_16=made.divisible_by_16 + integers)
 
     for masked in (False, True):
-        name = "with dropout" if masked else "forward"
-        yield variant(f"down {name}", _lora_down_kernel, _down_launch(16), a_stride_k=1, MASKED=masked)
-        yield variant(f"outer {name}", _lora_outer_kernel, _outer_launch(16), MASKED=masked)
+        name, flags = "with dropout" if masked else "forward", {"MASKED": masked}
+        yield variant(f"down {name}", _lora_down_kernel, _down_launch(16), a_stride_k=1, **flags)
+        yield variant(f"outer {name}", _lora_outer_kernel, _outer_launch(16), splits=1, **flags)
     yield variant("down backward", _lora_down_kernel, _down_launch(16), a_stride_r=1)
 
+    tile = partial(_product_launch, K=4096, R=16, dtype=torch.bfloat16, chip=capability)
     forward = {"w_stride_k": 1, "b_stride_r": 1, "ADD": False}
-    backward = {"w_stride_n": 1, "b_stride_n": 1, "bias": None, "BIAS": False}
-    for T in (16, 32, 64, 8192):
-        few, launch = T <= FEW_ROWS, _product_launch(T, 4096, 16, torch.bfloat16, capability)
-        on_the_way = {"SHRINK": True, "low_stride_1": 1} if few else {"SHRINK": False}
-        for bias in (False, True):
-            which = {"BIAS": bias} | ({} if bias else {"bias": None})
-            name = f"product {T if few else 'many'} rows{' bias' if bias else ''}"
-            yield variant(name, _lora_product_kernel, launch, **forward | on_the_way | which)
+    for T, where in ((16, "16 rows"), (32, "32 rows"), (64, "64 rows"), (8192, "many rows")):
+        low = {"SHRINK": True, "low_stride_1": 1} if T <= FEW_ROWS else {"SHRINK": False, "splits": 1}
+        for bias in ({"BIAS": True}, {"BIAS": False, "bias": None}):
+            name = f"product {where}{' bias' if bias['BIAS'] else ''}"
+            yield variant(name, _lora_product_kernel, tile(T, masked=False), **forward | low | bias)
+    backward = {"w_stride_n": 1, "b_stride_n": 1, "bias": None, "BIAS": False, "SHRINK": False, "splits": 1}
     for masked, add in ((False, False), (True, False), (True, True)):
-        flags = {"SHRINK": False, "MASKED": masked, "ADD": add}
         name = f"product backward{' with dropout' if masked else ''}{' added' if add else ''}"
-        yield variant(name, _lora_product_kernel, launch, **backward | flags)
+        flags = backward | {"MASKED": masked, "ADD": add}
+        yield variant(name, _lora_product_kernel, tile(8192, masked=masked), **flags)
