@@ -391,6 +391,11 @@ class RunConfig:
             _choose(self, "baseline", tuple(BASELINES))
         _require(self, "device", re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None,
                  "auto, cpu, cuda or cuda:N")  # fmt: skip
+        if self.measure.catches and self.answer.method != "zero_shot":
+            raise UserError(
+                f'measure.context = "prompt" catches zero-shot answers, not those of answer.method = '
+                f'"{self.answer.method}": leave it at "none".'
+            )
         if self.assess.level == "none" and self.select.rates:
             raise UserError(
                 f'assess.level = "none" leaves select.threshold = {self.select.threshold:g} no score to test: choose '

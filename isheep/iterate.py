@@ -13,7 +13,7 @@ from isheep.session import Session
 from isheep.stages import Iteration
 from isheep.stages.answer import answer
 from isheep.stages.assess import assess
-from isheep.stages.instruct import instruct
+from isheep.stages.instruct import instruct, take_again
 from isheep.stages.measure import measure
 from isheep.stages.select import select
 from isheep.stages.show import show
@@ -52,9 +52,13 @@ def iterate(run: Session) -> None:
     for t in range(1, run.num_iterations + 1):
         it = run.iteration(t)
         with run.stage(it, "instruct"):
-            instruct(it, run.stream, tokenizer, run.seeds, earlier, cfg.instruct)
+            if cfg.answer.verbose and earlier:
+                take_again(it, earlier[-1])
+            else:
+                instruct(it, run.stream, tokenizer, run.seeds, earlier, cfg.instruct)
         with run.stage(it, "answer"):
-            answer(it, run.stream, tokenizer, run.seeds, cfg.answer)
+            vector_size = model.config.hidden_size if cfg.measure.catches else None
+            answer(it, run.stream, tokenizer, run.seeds, cfg.answer, vector_size)
         if cfg.scores:
             with run.stage(it, "assess"):
                 assess(it, run.stream, tokenizer, cfg.select.threshold, cfg.assess)

@@ -7,7 +7,7 @@ it can be stopped at any moment and finds what is done when it is called again. 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Iteration:
     def name(self) -> str:
         """'iter1': its folder, the prefix of its ids, and the adapter that is trained in it."""
         return f"iter{self.number}"
+
+    @property
+    def asking(self) -> Template:
+        """How instruction and input become the prompt of an answer."""
+        return replace(self.template, joint="") if self.paper_joins else self.template
 
     def file(self, name: str) -> Path:
         return self.folder / name

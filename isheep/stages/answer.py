@@ -10,7 +10,9 @@ from isheep.config import AnswerConfig, settings
 from isheep.filter.rules import pair_reason
 from isheep.log import Progress
 from isheep.sampler.request import Completion, Request, SamplingParams
+from isheep.score import part_of
 from isheep.stages import Iteration, Row, Stream, kept, read_sealed, sample, verdict
+from isheep.stages.caught import Catch
 from isheep.stages.instances import instances
 from isheep.text.principles import LONG_ANSWERS, NEXT_QUESTION, parse_reply, principle_prompt
 from isheep.text.templates import Template
@@ -30,14 +32,20 @@ class Method(Protocol):
         """What the completion adds to the row: output, verdict, reason, and what else the method finds."""
 
 
-def answer(it: Iteration, stream: Stream, tokenizer: Tokenizer, seeds: Path, cfg: AnswerConfig) -> None:
+def answer(
+    it: Iteration, stream: Stream, tokenizer: Tokenizer, seeds: Path, cfg: AnswerConfig, vector_size: int | None = None
+) -> None:
     """Answer each kept instruction, then drop pairs by the method's own rules.
+
+    With `vector_size`, the model's hidden size, perplexities and vectors are caught on the way.
 
     reads   instructions.jsonl; for the method "instances" also the seed tasks
     writes  answers.jsonl   {id, instruction, input, output, finish_reason, num_output_tokens, verdict, reason}, in the
                             order of the instructions. An instruction too long for the model's context has no output.
                             Of the method "instances" also is_classification, and the input is found with the output;
-                            of "principles" also thoughts.
+                            of "principles" also thoughts. `caught` {vector, output_ppl, ...} where measures are
+                            caught, null where those of an answer were not
+            caught.safetensors  what was caught of vectors, each at its `vector`: mean and last, each [N, C] float32
             classes.jsonl   of the method "instances", see `instances`
     """
     file = it.file("instructions.jsonl")
@@ -49,18 +57,25 @@ def answer(it: Iteration, stream: Stream, tokenizer: Tokenizer, seeds: Path, cfg
     else:
         method = _method(it, cfg)
     what = {**settings(cfg), "template": it.template.name, "paper_joins": it.paper_joins}
-    with it.journal("answers.jsonl", what, inputs) as journal:
-        if journal.sealed:
-            return
+    vectors, beside = it.file("caught.safetensors"), list[str]()
+    if vector_size is not None:
+        what["vector_size"], beside = vector_size, [vectors.name]
+    with it.journal("answers.jsonl", what, inputs, beside) as journal:
+        if not journal.sealed:
+            catch = None if vector_size is None else Catch(vectors, vector_size, journal, tokenizer)
+            with Progress(f"{it.name} answer", len(rows)) as bar:
+                requests = _requests(it, tokenizer, rows, method, journal, catch)
+                sample(stream, requests, journal, lambda c: _pair(rows[c.id], c, method, catch), bar)
+            if catch is not None:
+                catch.save()
+            journal.seal(rows)
+    part_of(vectors).unlink(missing_ok=True)
 
-        def pair(completion: Completion) -> Row:
-            row = rows[completion.id]
-            how = {"finish_reason": completion.finish_reason, "num_output_tokens": len(completion.token_ids)}
-            return {**row, **how, **method.read(row, completion)}
 
-        with Progress(f"{it.name} answer", len(rows)) as bar:
-            sample(stream, _requests(it, tokenizer, rows, method, journal), journal, pair, bar)
-        journal.seal(rows)
+def _pair(row: Row, completion: Completion, method: Method, catch: Catch | None) -> Row:
+    how = {"finish_reason": completion.finish_reason, "num_output_tokens": len(completion.token_ids)}
+    caught = {} if catch is None else {"caught": catch.of(completion)}
+    return {**row, **how, **method.read(row, completion), **caught}
 
 
 def _task(row: Row) -> Row:
@@ -68,26 +83,27 @@ def _task(row: Row) -> Row:
 
 
 def _requests(
-    it: Iteration, tokenizer: Tokenizer, rows: dict[str, Row], method: Method, journal: Journal
+    it: Iteration, tokenizer: Tokenizer, rows: dict[str, Row], method: Method, journal: Journal, catch: Catch | None
 ) -> Iterator[Request]:
     """A request for each row that fits the context; the others are journaled as dropped on the way."""
     for key, row in rows.items():
         ids = tokenizer.encode(method.prompt(row))
         if it.fits(ids):
-            yield Request(key, tuple(ids), method.params, it.adapter)
+            params = method.params if catch is None else catch.asks(method.params, len(ids))
+            yield Request(key, tuple(ids), params, it.adapter)
         elif key not in journal.done:
             nothing = {"output": "", "finish_reason": None, "num_output_tokens": 0}
-            journal.append(key, [{**row, **nothing, **verdict("exceeds_context")}])
+            caught = {} if catch is None else {"caught": None}
+            journal.append(key, [{**row, **nothing, **verdict("exceeds_context"), **caught}])
 
 
 def _method(it: Iteration, cfg: AnswerConfig) -> Method:
-    template = replace(it.template, joint="") if it.paper_joins else it.template
     if cfg.verbose and it.adapter is not None:
-        return AtLength(template)
+        return AtLength(it.asking)
     sampling = SamplingParams(temperature=cfg.temperature, top_p=cfg.top_p, max_tokens=cfg.max_tokens)
     if cfg.method == "principles":
-        return Principled(template, replace(sampling, stop=(NEXT_QUESTION,)))
-    return ZeroShot(template, replace(sampling, stop=template.stop), cfg.option_letter_rule)
+        return Principled(it.asking, replace(sampling, stop=(NEXT_QUESTION,)))
+    return ZeroShot(it.asking, replace(sampling, stop=it.template.stop), cfg.option_letter_rule)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Perplexities and vectors for nothing: caught while answers are sampled, from passes that are made anyway (paper §5).
+
+They are of the tokens that the model saw: the output given its prompt, and the prompt with the output. `score_rows`
+with prompts gives the same, and measures what was not caught.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from isheep.artifacts import Journal
+from isheep.sampler.request import Completion, SamplingParams
+from isheep.score import VectorFile, perplexity
+from isheep.stages import Row
+from isheep.text.tokenizer import Tokenizer
+
+MEASURES = ("output_ppl", "pair_ppl", "num_output_tokens", "num_pair_tokens")
+
+
+class Catch:
+    """Catches what is journaled in `journal`. Vectors, of `width` numbers, go to `path` as the answers come."""
+
+    def __init__(self, path: Path, width: int, journal: Journal, tokenizer: Tokenizer) -> None:
+        self._num = sum(row["caught"] is not None for rows in journal.done.values() for row in rows)
+        self._vectors = VectorFile(path, width, self._num)
+        self._tokenizer = tokenizer
+
+    def asks(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """`params`, asking for log-probabilities and vectors too."""
+        return replace(params, logprobs=0, num_prompt_logprobs=num_prompt_tokens - 1, pool=True)
+
+    def of(self, completion: Completion) -> Row | None:
+        """The measures of an answer and the place of its vectors; call it right before the answer is journaled.
+
+        None where they are not those of its text: it was cut within its tokens, or another run has sampled it.
+        """
+        ids = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
+        if completion.vectors is None or self._tokenizer.decode(ids) != completion.text:
+            return None
+        output = [entry["logprob"] for entry in (completion.logprobs or [])[: len(ids)]]
+        pair = [entry["logprob"] for entry in completion.prompt_logprobs or []] + output
+        self._vectors.append(completion.vectors[None])
+        self._num += 1
+        return {
+            "vector": self._num - 1,
+            "output_ppl": _perplexity(output),
+            "pair_ppl": _perplexity(pair),
+            "num_output_tokens": len(output),
+            "num_pair_tokens": completion.num_prompt_tokens + len(output),
+        }
+
+    def save(self) -> None:
+        """All answers are journaled."""
+        self._vectors.save()
+
+
+def _perplexity(logprobs: list[float]) -> float | None:
+    return perplexity(-sum(logprobs) / len(logprobs)) if logprobs else None
