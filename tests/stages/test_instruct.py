@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,21 @@ from isheep.config import InstructConfig, UserError
 from isheep.sampler.request import Request
 from isheep.stages import instruct as module
 from isheep.stages import kept, read_sealed
-from isheep.stages.instruct import instruct
+from isheep.stages.instruct import instruct, take_again
+from isheep.stages.lists import MixedLists
 from isheep.text.tokenizer import Tokenizer
-from tests.scripted import ScriptedSampler, Stopped, folder_bytes, items, iteration, seed_rows, stopping, tiny_tokenizer
+from isheep.text.topics import TYPES
+from tests.scripted import (
+    ScriptedSampler,
+    Stopped,
+    folder_bytes,
+    items,
+    iteration,
+    seed_rows,
+    stopping,
+    tiny_tokenizer,
+    words,
+)
 
 CFG = InstructConfig(data_size=11, num_in_context=3)
 
@@ -200,3 +213,115 @@ def test_the_pool_of_a_call_knows_nothing_of_earlier_iterations(
     instruct(it, same.stream, tokenizer, seeds, [first / "instructions.jsonl"], cfg)
     rows = [[row["instruction"] for row in kept(read_sealed(f / "instructions.jsonl"))] for f in (first, it.folder)]
     assert rows[0] == rows[1]
+
+
+MIXED = InstructConfig(
+    method="self_instruct", data_size=40, num_in_context=3, num_generated=2, presence_penalty=2.0, stop=("\n16.",)
+)
+
+
+def listed(request: Request) -> str:
+    """Three instructions that go on with a list of three, the first too short."""
+    texts = ["Go", *(f"Describe {words(f'{request.id} {j}', 9)}" for j in range(2))]
+    return "".join(f" {text}\n{n}." for n, text in enumerate(texts, 5)) + " Describe the rest of the harbor island"
+
+
+def test_lists_show_the_models_own_tasks_from_the_second_round_on(
+    tmp_path: Path, seeds: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MixedLists, "round_len", 4)
+    sampler = ScriptedSampler(listed, batch=8, shuffle=1)
+    folder = run(tmp_path, seeds, tokenizer, sampler, MIXED)
+    rows = {row["id"]: row for row in read_sealed(folder / "instructions.jsonl")}
+    completions = read_sealed(folder / "completions.jsonl")
+    assert len(completions) > 8 and {row["num_items"] for row in completions} == {4}
+    for row in completions:
+        own = [shown for shown in row["examples"] if shown in rows]
+        assert len(row["examples"]) == 3 and len(own) == (2 if row["prompt"] >= 4 else 0)
+        for shown in own:
+            k = int(shown.removeprefix("iter1/").partition(".")[0])
+            assert k < row["prompt"] // 4 * 4 and rows[shown]["verdict"] == "kept"
+    assert len({tuple(row["examples"]) for row in completions}) == len(completions)
+    assert {row["input"] for row in rows.values()} == {""} and len(kept(rows.values())) == 40
+    last = completions[-1]
+    request = next(r for r in sampler.seen if r.id == f"iter1/instruct/{last['prompt']}")
+    prompt = tokenizer.decode(list(request.prompt_token_ids))
+    assert all(rows[shown]["instruction"] in prompt for shown in last["examples"] if shown in rows)
+    assert prompt.endswith("\n4.") and request.params.stop == ("\n16.",) and request.params.presence_penalty == 2.0
+
+
+def test_rounds_give_the_same_bytes_in_any_order_and_wherever_they_are_stopped(
+    tmp_path: Path, seeds: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MixedLists, "round_len", 4)
+    whole = folder_bytes(run(tmp_path / "whole", seeds, tokenizer, ScriptedSampler(listed), MIXED))
+    for batch in (1, 3, 50):
+        sampler = ScriptedSampler(listed, batch, shuffle=batch)
+        assert folder_bytes(run(tmp_path / str(batch), seeds, tokenizer, sampler, MIXED)) == whole
+    for after in range(0, 14, 2):
+        it = iteration(tmp_path / f"stopped{after}")
+        with pytest.raises(Stopped):
+            instruct(it, stopping(ScriptedSampler(listed, 5, shuffle=after), after), tokenizer, seeds, [], MIXED)
+        instruct(it, ScriptedSampler(listed, shuffle=7).stream, tokenizer, seeds, [], MIXED)
+        assert folder_bytes(it.folder) == whole
+
+
+def test_the_last_item_of_a_list_counts_unless_it_was_cut() -> None:
+    method, text = MixedLists("key", [], MIXED), " Name a tree.\n5. Name a riv"
+    assert [item["instruction"] for item in method.read(text, is_cut=False)[0]] == ["Name a tree.", "Name a riv"]
+    assert [item["instruction"] for item in method.read(text, is_cut=True)[0]] == ["Name a tree."]
+
+
+def topical(request: Request) -> str:
+    """Two topics a type, none for the first; a question a topic."""
+    if "/topics/" in request.id:
+        return "" if request.id.endswith("/0") else f" {words(request.id, 2)}\n2. {words(f'{request.id} b', 2)}"
+    return f" Tell me of {words(request.id, 9)}?"
+
+
+@pytest.mark.parametrize(("data_size", "num_kept"), [(1000, 38), (25, 25)])
+def test_topics_end_when_all_are_used_or_enough_is_kept(
+    tmp_path: Path,
+    seeds: Path,
+    tokenizer: Tokenizer,
+    data_size: int,
+    num_kept: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cfg = InstructConfig(method="topics", data_size=data_size)
+    folder = run(tmp_path, seeds, tokenizer, sampler := ScriptedSampler(topical), replace(cfg, num_in_context=3))
+    rows = read_sealed(folder / "instructions.jsonl")
+    assert len(kept(rows)) == len(rows) == num_kept
+    assert ("after all 38 prompts" in caplog.text) == (num_kept < data_size)
+    topics = read_sealed(folder / "topics.jsonl")
+    assert [len(row["topics"]) for row in topics] == [0] + [2] * 19
+    assert [row["type"] for row in topics] == list(TYPES)
+    shown = [row["examples"] for row in read_sealed(folder / "completions.jsonl")]
+    assert shown[:19] == [[f"iter1/topics/{i}.0"] for i in range(1, 20)], "one of each type comes first"
+    first = next(r for r in sampler.seen if r.id == "iter1/instruct/0")
+    prompt = tokenizer.decode(list(first.prompt_token_ids))
+    assert f"Type: {TYPES[1]}\nTopic: {topics[1]['topics'][0]}\n" in prompt and first.params.stop == ("\n",)
+
+
+def test_topics_are_stopped_anywhere_and_go_on(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    cfg = InstructConfig(method="topics", data_size=30, num_in_context=3)
+    whole = folder_bytes(run(tmp_path / "whole", seeds, tokenizer, ScriptedSampler(topical), cfg))
+    for after in (0, 7, 20, 33, 47):
+        it = iteration(tmp_path / f"stopped{after}")
+        with pytest.raises(Stopped):
+            instruct(it, stopping(ScriptedSampler(topical, shuffle=after), after), tokenizer, seeds, [], cfg)
+        rest = ScriptedSampler(topical, shuffle=1)
+        instruct(it, rest.stream, tokenizer, seeds, [], cfg)
+        assert folder_bytes(it.folder) == whole
+        assert len([r for r in rest.seen if "/topics/" in r.id]) == max(0, 20 - after)
+
+
+def test_an_earlier_iterations_instructions_are_taken_again(tmp_path: Path, seeds: Path, tokenizer: Tokenizer) -> None:
+    first = run(tmp_path, seeds, tokenizer, ScriptedSampler(play)) / "instructions.jsonl"
+    it = iteration(tmp_path, number=2)
+    for _ in range(2):
+        take_again(it, first)
+        assert read_sealed(it.file("completions.jsonl")) == []
+        rows, again = kept(read_sealed(first)), read_sealed(it.file("instructions.jsonl"))
+        assert [row["id"] for row in again] == [row["id"].replace("iter1", "iter2") for row in rows]
+        assert [row["instruction"] for row in again] == [row["instruction"] for row in rows] and len(rows) == 11
