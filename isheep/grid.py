@@ -16,6 +16,7 @@ from isheep.config import RunConfig, UserError
 from isheep.log import log
 from isheep.recipes import Published, Recipe
 from isheep.session import Session
+from isheep.stages import kept, read_sealed
 from isheep.summary import iterations, table
 
 FINISHED, FAILED = "finished", "failed"
@@ -45,14 +46,22 @@ def run_cells(
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """A finished iteration, in the columns of the grid's table."""
+    """A finished iteration, in the columns of the grid's table; `unread`: ratings that are no score."""
     data, trained = health(read_data(folder)), json.loads((folder / "train_summary.json").read_bytes())
-    losses = {name: trained[name] for name in ("final_loss", "best_val_loss")}
-    return {"iter": int(folder.name.removeprefix("iter")), "survivors": data.survivors,
-            "median_words": data.median_words, **losses}  # fmt: skip
+    replies = folder / "replies.jsonl"
+    unread = len([row for row in read_sealed(replies) if row["score"] is None]) if replies.exists() else None
+    return {
+        "iter": int(folder.name.removeprefix("iter")),
+        "pairs": len(kept(read_sealed(folder / "answers.jsonl"))),
+        "unread": unread,
+        "survivors": data.survivors,
+        "median_words": data.median_words,
+        "final_loss": trained["final_loss"],
+        "best_val_loss": trained["best_val_loss"],
+    }
 
 
-OURS = ("survivors", "median_words", "final_loss", "best_val_loss")
+OURS = ("pairs", "unread", "survivors", "median_words", "final_loss", "best_val_loss")
 
 
 def report(recipe: Recipe, model: str, outcomes: Outcomes) -> str:

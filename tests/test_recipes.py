@@ -205,15 +205,16 @@ def test_a_recipe_loads_and_its_settings_exist(path: Path) -> None:
 
 def test_there_is_a_recipe_for_each_table_and_figure() -> None:
     names = {path.stem for path in RECIPES}
-    assert names == {"main", "iterative", "filters", "levels", "threshold", "data_size", "llama3"}
+    assert names == {"main", "iterative", "filters", "levels", "prompts", "threshold", "data_size", "llama3"}
 
 
 def test_published_figures_stand_beside_ours() -> None:
-    found = {"iter": 2, "survivors": 3102, "median_words": 27, "final_loss": 1.25, "best_val_loss": None}
+    found = {"iter": 2, "pairs": 9000, "unread": 5, "survivors": 3102, "median_words": 27}
+    found |= {"final_loss": 1.25, "best_val_loss": None}
     outcomes = {"one_base": {"status": "finished", "reason": None, "iterations": [found]}}
     lines = report(load_recipe("iterative"), "qwen1.5-72b", outcomes).splitlines()
     row = next(line for line in lines if line.startswith("| one_base") and "3102" in line)
-    assert [cell.strip() for cell in row.split("|")][3:9] == ["3102", "27", "1.2500", "", "9.06", "7.90"]
+    assert [cell.strip() for cell in row.split("|")][3:11] == ["9000", "5", "3102", "27", "1.2500", "", "9.06", "7.90"]
     assert any(line.startswith("| direct-20k") and "39.37" in line for line in lines)
 
 
