@@ -199,12 +199,21 @@ def _store(ptr, x, start, row, length, heads, head, D: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
+def matmul(a, b, c=None):
+    """a [M, K] b [K, N] (+ c [M, N]) in fp32, in exact products; a single row takes no tensor core."""
+    if a.shape[0] == 1:
+        row = tl.sum(a.T.to(tl.float32) * b.to(tl.float32), 0)[None, :]
+        return row if c is None else row + c
+    return tl.dot(a, b, c, input_precision="ieee")
+
+
+@triton.jit
 def attend(s, v, y, total, peak, scale):
     """One block of keys more: scores s [M, N] (not yet scaled) and v [N, D] into y, total and peak [M]."""
     higher = tl.maximum(peak, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - higher[:, None])
     shrink = tl.exp2(peak - higher)
-    y = tl.dot(p.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+    y = matmul(p.to(v.dtype), v, y * shrink[:, None])
     return y, total * shrink + tl.sum(p, 1), higher
 
 
@@ -227,12 +236,12 @@ def _attention_packed_kernel(
     for n in range(0, m, BLOCK_N):  # keys that all these queries see
         k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
         v = _load(v_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
-        y, total, peak = attend(tl.dot(q, k.T, input_precision="ieee"), v, y, total, peak, scale)
+        y, total, peak = attend(matmul(q, k.T), v, y, total, peak, scale)
     for n in range(m, tl.minimum(m + BLOCK_M, length), BLOCK_N):  # the diagonal
         k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
         v = _load(v_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
         seen = rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :]
-        s = tl.where(seen, tl.dot(q, k.T, input_precision="ieee"), float("-inf"))
+        s = tl.where(seen, matmul(q, k.T), float("-inf"))
         y, total, peak = attend(s, v, y, total, peak, scale)
     _store(y_ptr, y / total[:, None], start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
     lse_ptr += num_tokens.to(tl.int64) * head + start
@@ -264,16 +273,16 @@ def _backward_block(
     offsets = num_tokens.to(tl.int64) * head + start + rows
     lse = tl.load(lse_ptr + offsets, rows < length, float("inf"))  # a row past the end weighs nothing
     delta = tl.load(delta_ptr + offsets, rows < length, 0.0)
-    p = tl.exp2(tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2E) - lse[None, :])  # [keys, queries]
-    if DIAGONAL:
-        p = tl.where(rows[None, :] >= n + tl.arange(0, BLOCK_N)[:, None], p, 0.0)
-    dv = tl.dot(p.to(q.dtype), dy, dv, input_precision="ieee")
-    ds = (p * (tl.dot(v, dy.T, input_precision="ieee") - delta[None, :])).to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision="ieee")
+    dp = matmul(v, dy.T, tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M]))
+    p = tl.exp2(matmul(k, q.T, tl.broadcast_to(-lse[None, :], [BLOCK_N, BLOCK_M])) * (scale * LOG2E))
+    p = tl.where(rows[None, :] >= n + tl.arange(0, BLOCK_N)[:, None], p, 0.0)
+    dv = matmul(p.to(q.dtype), dy, dv)
+    ds = (p * dp).to(q.dtype)
     if ADD_DQ:
-        dq = tl.dot(ds.T, k, input_precision="ieee") * scale
+        dq = matmul(ds.T, k) * scale
         addresses = _addresses(dq_ptr, start + m, heads, head, D, BLOCK_M, BLOCK_D)
         tl.atomic_add(addresses, dq, _within(length - m, D, BLOCK_M, BLOCK_D), sem="relaxed")
+    dk = matmul(ds, q, dk)
     return dk, dv
 
 
@@ -292,17 +301,13 @@ def _attention_packed_dkdv_kernel(
     k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
     v = _load(v_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for head in range(kv * GROUP, (kv + 1) * GROUP):
-        for m in range(n, tl.minimum(n + BLOCK_N, length), BLOCK_M):
-            dk, dv = _backward_block(
-                dk, dv, k, v, q_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, start, m, n, length, num_tokens,
-                kv_heads * GROUP, head, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, ADD_DQ,
-            )  # fmt: skip
-        for m in range(n + BLOCK_N, length, BLOCK_M):  # queries that see all these keys
-            dk, dv = _backward_block(
-                dk, dv, k, v, q_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, start, m, n, length, num_tokens,
-                kv_heads * GROUP, head, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, False, ADD_DQ,
-            )  # fmt: skip
+    steps = tl.cdiv(length - n, BLOCK_M)  # of queries that see some of these keys, for each head of the group
+    for i in range(0, GROUP * steps):
+        head, m = kv * GROUP + i // steps, n + i % steps * BLOCK_M
+        dk, dv = _backward_block(
+            dk, dv, k, v, q_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, start, m, n, length, num_tokens,
+            kv_heads * GROUP, head, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, ADD_DQ,
+        )  # fmt: skip
     _store(dk_ptr, dk * scale, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
     _store(dv_ptr, dv, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
 
@@ -328,10 +333,10 @@ def _attention_packed_dq_kernel(
     for n in range(0, tl.minimum(m + BLOCK_M, length), BLOCK_N):
         k = _load(k_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
         v = _load(v_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
-        p = tl.exp2(tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2E) - lse[:, None])
+        p = tl.exp2(matmul(q, k.T) * (scale * LOG2E) - lse[:, None])
         p = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
-        ds = p * (tl.dot(dy, v.T, input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        ds = p * (matmul(dy, v.T) - delta[:, None])
+        dq = matmul(ds.to(k.dtype), k, dq)
     _store(dq_ptr, dq * scale, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
 
 
