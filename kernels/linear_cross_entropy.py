@@ -1,12 +1,28 @@
-"""Cross-entropy of a frozen linear head, without ever holding all the logits."""
+"""Cross-entropy of a frozen linear head, without ever holding all the logits.
+
+    nll_t = log Σ_v exp(h_t · w_v) − h_t · w_target,    dh_t = Σ_v (softmax_tv − onehot_tv) w_v
+
+The head is frozen, so what backward needs of a token is made in the forward pass, from the logits that it holds anyway:
+two matrix products a token in all. On CUDA the unmasked rows are put first on the device, whose count the host never
+asks for: tiles past it end at once. Without a gradient no logit is stored, but the target's.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from isheep_kernels import cpu
+from isheep_kernels.attention_packed import capability
+from isheep_kernels.lora_matmul import tile_place
+from isheep_kernels.variant import TYPES, Variant
 
 IGNORE = -100
+EXTRA_BYTES = 240_000_000  # held beside the inputs and the result, whatever T: a chunk of logits, or its partial sums
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -67,6 +83,230 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     """Negative log-likelihood [T] (fp32) of targets under softmax(hidden weightᵀ), differentiable by hidden.
 
     hidden [T, C], weight [V, C] frozen, targets [T] int64, -100 = not counted (loss 0, no gradient). Extra memory is
-    `chunk` rows of logits, whatever T. Raises IndexError where a target is outside the vocabulary.
+    `chunk` rows of logits, whatever T; on CUDA `fused_linear_cross_entropy` serves, and chooses its own. A target
+    outside the vocabulary raises IndexError; on CUDA, where nothing is asked of the device, its loss is nan.
     """
+    if hidden.is_cuda and hidden.dtype in TYPES:
+        return fused_linear_cross_entropy(hidden, weight, targets)
     return LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+# ---- Triton ----------------------------------------------------------------------------------------------------------
+
+
+def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`linear_cross_entropy_ref` in Triton, on the unmasked rows, with the gradient of hidden; nothing is synchronised.
+
+    hidden [T, C], weight [V, C] in one of fp32, fp16 and bf16, targets [T] int64. At most 256 MB beside them and dh, at
+    a vocabulary of 152,064 and any T. A target outside the vocabulary makes its row's loss and gradient nan.
+    """
+    (T, C), V = hidden.shape, len(weight)
+    if weight.shape != (V, C) or targets.shape != (T,) or targets.dtype != torch.int64:
+        raise ValueError(
+            f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
+            f"targets {tuple(targets.shape)} {targets.dtype}"
+        )
+    if hidden.dtype not in TYPES or weight.dtype != hidden.dtype:
+        raise ValueError(f"linear_cross_entropy: hidden {hidden.dtype}, weight {weight.dtype}")
+    return _FusedLinearCrossEntropy.apply(hidden.contiguous(), weight.contiguous(), targets)
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """Keeps dh of a loss of 1 a row; backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        nll = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        by_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        _launch_chunks(hidden, weight, targets, nll, by_hidden)
+        ctx.save_for_backward(by_hidden)
+        return nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (by_hidden,) = ctx.saved_tensors
+        return torch.mul(by_hidden, grads[0][:, None], out=torch.empty_like(by_hidden)), None, None
+
+
+def _launch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, nll: Tensor, by_hidden: Tensor | None) -> None:
+    """Fill nll [T] and by_hidden [T, C] in the unmasked rows, as many at a time as EXTRA_BYTES allows."""
+    (T, C), V = hidden.shape, len(weight)
+    if not T:
+        return
+    masked = targets == IGNORE
+    rows, count = masked.byte().argsort(stable=True), T - masked.sum()
+    picked = torch.full((T,), torch.nan, device=hidden.device)  # stays nan where no column is the target's
+    chip = capability(hidden)
+    launch, wide = _tile(hidden.dtype, chip), _wide_tile(hidden.dtype, chip)
+    tiles = triton.cdiv(V, launch["BLOCK_N"])
+    size = _chunk_rows(T, V, tiles, hidden.dtype, launch["BLOCK_M"], by_hidden is not None)
+    logits = None if by_hidden is None else hidden.new_empty(size, V)
+    peaks, sums = hidden.new_empty(2, size, tiles, dtype=torch.float32)
+    blocks = triton.cdiv(size, launch["BLOCK_M"])
+    for start in range(0, T, size):
+        where = (rows, count, start)
+        _logits_kernel[(blocks * tiles,)](
+            hidden, weight, targets, *where, logits, peaks, sums, picked, size, V, C,
+            STORE=logits is not None, EVEN_K=C % launch["BLOCK_K"] == 0, **launch,
+        )  # fmt: skip
+        _nll_kernel[(size,)](
+            logits, peaks, sums, picked, targets, *where, nll, V, tiles, GRADIENT=logits is not None, **NLL_LAUNCH
+        )
+        if logits is not None:
+            _by_hidden_kernel[(blocks * triton.cdiv(C, wide["BLOCK_N"]),)](
+                logits, weight, *where, by_hidden, size, V, C, EVEN_K=V % wide["BLOCK_K"] == 0, **wide
+            )
+
+
+def _chunk_rows(T: int, V: int, tiles: int, dtype: torch.dtype, block: int, gradient: bool) -> int:
+    """Rows a chunk, in whole blocks: their partial sums and, for a gradient, their logits stay below EXTRA_BYTES."""
+    row_bytes = 8 * tiles + (V * dtype.itemsize if gradient else 0)
+    return min(max(EXTRA_BYTES // row_bytes // block, 1), triton.cdiv(T, block)) * block
+
+
+def _tile(dtype: torch.dtype, chip: int) -> dict[str, int]:
+    """Of the logits. In fp32 products are exact, without tensor cores: for checks, not for speed."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4 if chip >= 90 else 3}
+
+
+def _wide_tile(dtype: torch.dtype, chip: int) -> dict[str, int]:
+    """Of dh, which leaves registers for twice the columns on Hopper. BLOCK_M is that of the logits."""
+    wider = {"BLOCK_N": 256, "num_stages": 3} if chip >= 90 and dtype != torch.float32 else {}
+    return _tile(dtype, chip) | wider
+
+
+NLL_LAUNCH = {"BLOCK": 4096, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _logits_kernel(
+    hidden, weight, targets, rows, count, start, logits, peaks, sums, picked, size, V, C,
+    STORE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the logits [size, V] of tokens rows[start …]: its rows' largest, and Σ exp(logit − largest).
+
+    picked[start …] is the target's logit, written by the tile that holds it; logits are stored with STORE alone.
+    """
+    i, j = tile_place(size, V, BLOCK_M, BLOCK_N)
+    local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = start + local
+    counted = tl.load(count)
+    if start + i * BLOCK_M >= counted:
+        return
+    is_row = place < counted
+    token = tl.load(rows + place, is_row, other=0)
+    first_column, n = j * BLOCK_N, tl.arange(0, BLOCK_N)
+    has_row, has_column = is_row[:, None], (n < (V - first_column).to(tl.int32))[None, :]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, C, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        h_at, w_at = token[:, None] * C + k[None, :], first_column * C + n[None, :] * C + k[:, None]
+        if EVEN_K:
+            h, w = tl.load(hidden + h_at, has_row, other=0.0), tl.load(weight + w_at, has_column, other=0.0)
+        else:
+            h = tl.load(hidden + h_at, has_row & (k < C)[None, :], other=0.0)
+            w = tl.load(weight + w_at, has_column & (k < C)[:, None], other=0.0)
+        total = tl.dot(h, w, total, input_precision="ieee")
+
+    if STORE:  # the gradient is taken of the logits as stored, so their sum is too
+        stored = total.to(hidden.dtype.element_ty)
+        tl.store(logits + first_column + local[:, None] * V + n[None, :], stored, has_row & has_column)
+        total = stored.to(tl.float32)
+    target = tl.load(targets + token, is_row, other=-1)
+    here = n[None, :] == (target - first_column).to(tl.int32)[:, None]
+    in_tile = is_row & (target >= first_column) & (target < tl.minimum(first_column + BLOCK_N, V))
+    tl.store(picked + place, tl.sum(tl.where(here, total, 0.0), 1), in_tile)
+    total = tl.where(has_column, total, float("-inf"))
+    peak = tl.max(total, 1)
+    at = local * tl.cdiv(V, BLOCK_N) + j
+    tl.store(peaks + at, peak, is_row)
+    tl.store(sums + at, tl.sum(tl.exp(total - peak[:, None]), 1), is_row)
+
+
+@triton.jit
+def _nll_kernel(
+    logits, peaks, sums, picked, targets, rows, count, start, nll, V, tiles,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row program_id of a chunk: its loss from the tiles' partial sums; with GRADIENT, softmax − onehot in its logits.
+
+    A target that no tile picked leaves a nan, in the loss and in the gradient.
+    """
+    local = tl.program_id(0).to(tl.int64)
+    place = start + local
+    if place >= tl.load(count):
+        return
+    token = tl.load(rows + place)
+    at = tl.arange(0, BLOCK)
+    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for first in range(0, tiles, BLOCK):
+        peak = tl.maximum(peak, tl.load(peaks + local * tiles + first + at, first + at < tiles, other=float("-inf")))
+    highest = tl.max(peak, 0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, tiles, BLOCK):
+        inside = first + at < tiles
+        peak = tl.load(peaks + local * tiles + first + at, inside, other=float("-inf"))
+        total += tl.load(sums + local * tiles + first + at, inside, other=0.0) * tl.exp(peak - highest)
+    log_total = tl.log(tl.sum(total, 0))
+    loss = log_total - (tl.load(picked + place) - highest)
+    tl.store(nll + token, loss)
+    if GRADIENT:
+        target = tl.load(targets + token)
+        for first in range(0, V, BLOCK):
+            column = first + at
+            logit = tl.load(logits + local * V + column, column < V, other=0.0).to(tl.float32)
+            change = tl.exp(logit - highest - log_total) - tl.where(column == target, 1.0, 0.0) + (loss - loss)
+            tl.store(logits + local * V + column, change, column < V)
+
+
+@triton.jit
+def _by_hidden_kernel(
+    change, weight, rows, count, start, by_hidden, size, V, C,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of change [size, V] · weight [V, C], written to by_hidden [T, C] at tokens rows[start …]."""
+    i, j = tile_place(size, C, BLOCK_M, BLOCK_N)
+    local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    counted = tl.load(count)
+    if start + i * BLOCK_M >= counted:
+        return
+    is_row = start + local < counted
+    columns = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_row, has_column = is_row[:, None], (columns < C)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, V, BLOCK_K):
+        v = first + tl.arange(0, BLOCK_K).to(tl.int64)
+        d_at, w_at = local[:, None] * V + v[None, :], v[:, None] * C + columns[None, :]
+        if EVEN_K:
+            d, w = tl.load(change + d_at, has_row, other=0.0), tl.load(weight + w_at, has_column, other=0.0)
+        else:
+            d = tl.load(change + d_at, has_row & (v < V)[None, :], other=0.0)
+            w = tl.load(weight + w_at, has_column & (v < V)[:, None], other=0.0)
+        total = tl.dot(d, w, total, input_precision="ieee")
+    token = tl.load(rows + start + local, is_row, other=0)
+    tl.store(by_hidden + token[:, None] * C + columns[None, :], total, has_row & has_column)
+
+
+def variants(capability: int) -> Iterator[Variant]:
+    """bf16, with and without the gradient."""
+    half = f"*{TYPES[torch.bfloat16]}"
+    types = dict.fromkeys(("hidden", "weight", "logits", "change", "by_hidden"), half)
+    types |= dict.fromkeys(("peaks", "sums", "picked", "nll"), "*fp32")
+    types |= dict.fromkeys(("targets", "rows", "count"), "*i64")
+    types |= dict.fromkeys(("start", "size", "V", "C", "tiles"), "i32")
+    tile, wide = (make(torch.bfloat16, capability) | {"EVEN_K": True} for make in (_tile, _wide_tile))
+    alone = {"STORE": False, "GRADIENT": False, "logits": None}
+    for name, stored in (("forward", alone), ("with gradient", {"STORE": True, "GRADIENT": True})):
+        yield _variant(f"logits {name}", _logits_kernel, types, tile | stored)
+        yield _variant(f"nll {name}", _nll_kernel, types, NLL_LAUNCH | stored)
+    yield _variant("by hidden", _by_hidden_kernel, types, wide)
+
+
+def _variant(name: str, kernel: Any, types: dict[str, str], launch: dict[str, Any]) -> Variant:
+    made = Variant.of(f"linear_cross_entropy {name} bf16", kernel, types, launch)
+    multiples = tuple(n for n in ("start", "size", "V", "C") if n in made.signature)
+    return made._replace(divisible_by_16=made.divisible_by_16 + multiples)

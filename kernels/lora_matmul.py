@@ -268,6 +268,16 @@ GROUP = tl.constexpr(8)  # rows of tiles that are walked side by side, so that t
 
 
 @triton.jit
+def tile_place(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(i, j), int64: which tile of a [num_rows, num_columns] result this program of a one-dimensional grid makes."""
+    across, down = tl.cdiv(num_columns, BLOCK_N), tl.cdiv(num_rows, BLOCK_M)
+    group = tl.program_id(0) // (GROUP * across)
+    height = tl.minimum(down - group * GROUP, GROUP)
+    place = tl.program_id(0) - group * GROUP * across
+    return (group * GROUP + place % height).to(tl.int64), (place // height).to(tl.int64)
+
+
+@triton.jit
 def _mix32(x):
     """`_mix` of uint32 numbers."""
     x ^= x >> 16
@@ -355,12 +365,8 @@ def _lora_product_kernel(
 
     With SHRINK `low` is a [R, K], and its product with x is summed beside that with w.
     """
-    across, down = tl.cdiv(N, BLOCK_N), tl.cdiv(T, BLOCK_M)
-    group = tl.program_id(0) // (GROUP * across)
-    height = tl.minimum(down - group * GROUP, GROUP)
-    place = tl.program_id(0) - group * GROUP * across
-    rows = (group * GROUP + place % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (place // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i, j = tile_place(T, N, BLOCK_M, BLOCK_N)
+    rows, columns = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     has_row, has_column, has_rank = (rows < T)[:, None], (columns < N)[None, :], (r < R)[None, :]
 
