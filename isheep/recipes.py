@@ -5,6 +5,7 @@ values of some settings (`grid`), which make a cell for each combination. What a
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -14,6 +15,8 @@ from typing import Any
 from isheep.artifacts import canonical_json
 from isheep.config import (
     ASSESS_LEVELS,
+    AnswerConfig,
+    InstructConfig,
     RunConfig,
     UserError,
     as_overrides,
@@ -24,6 +27,7 @@ from isheep.config import (
 )
 from isheep.summary import table
 from isheep.text.prompts import questions
+from isheep.text.topics import NUM_TOPICS, TYPES
 
 # What --scale multiplies, with the least that each may be.
 SCALED = {
@@ -35,9 +39,19 @@ SCALED = {
     "train.eval_steps": 1,
     "alarm.min_survivors": 0,
 }
-# Of an estimate: about what the paper's models and prompts come to.
-PROMPT_TOKENS, KEPT_PER_PROMPT = 1000, 6
+# Of an estimate: about what the paper's models and prompts come to. A text that all prompts of a stage begin with is
+# computed once, and left out.
 INSTRUCTION_TOKENS, ANSWER_TOKENS = 50, 160
+# method -> tokens of a prompt, tokens that are written after it where there is room, instructions kept of them
+WRITING: dict[str, tuple[int, float, int]] = {
+    "list": (1000, math.inf, 6),
+    "self_instruct": (250, 250, 4),
+    "topics": (250, INSTRUCTION_TOKENS, 1),
+}
+NUM_TOPICS_IN_ALL, TYPE_TOKENS, TOPICS_TOKENS = len(TYPES) * NUM_TOPICS, 50, 80
+# method -> tokens that are written for an instruction: thoughts, an input, the answer
+ANSWERING = {"zero_shot": ANSWER_TOKENS, "instances": 50 + ANSWER_TOKENS, "principles": 60 + ANSWER_TOKENS}
+YES_OR_NO_TOKENS, LONG_ANSWER_TOKENS = 2, 400
 QUESTION_TOKENS, REPLY_TOKENS = 150, 100
 PAIR_TOKENS = INSTRUCTION_TOKENS + ANSWER_TOKENS
 
@@ -147,18 +161,21 @@ class Job:
 def jobs(cfg: RunConfig) -> Iterator[Job]:
     """The stages that take time. What they do depends on what earlier ones find: the most that it can be."""
     who = {name: value for name, value in settings(cfg).items() if not isinstance(value, dict)}
-    for name in ("out", "setting", "iterations", "patience", "device"):
+    for name in ("out", "baseline", "setting", "iterations", "patience", "device"):
         del who[name]
     size, train = cfg.instruct.data_size, cfg.train
+    if cfg.instruct.method == "topics":
+        size = min(size, NUM_TOPICS_IN_ALL)
     asked = settings(replace(cfg.assess, level="both"))
     asks = questions(cfg.assess.prompt, ASSESS_LEVELS[cfg.assess.level]) if cfg.scores else []
     model, pools, chosen = _key(who), list[str](), list[str]()
     for t in range(1, (cfg.iterations or 1) + 1):
-        written = _key(model, pools, settings(replace(cfg.instruct, data_size=1)))
-        tokens = (PROMPT_TOKENS + cfg.instruct.max_tokens) / KEPT_PER_PROMPT
-        yield Job(t, "instruct", written, size, tokens)
-        answered = _key(written, settings(cfg.answer))
-        yield Job(t, "answer", answered, size, INSTRUCTION_TOKENS + min(cfg.answer.max_tokens, ANSWER_TOKENS))
+        again = cfg.answer.verbose and t > 1  # instructions that are there, another way to answer
+        written = _key(model, pools, again, settings(replace(cfg.instruct, data_size=1)))
+        if not again:
+            yield from _instruct_jobs(cfg.instruct, t, written, size)
+        answered = _key(written, settings(replace(cfg.answer, verbose=False)))
+        yield from _answer_jobs(cfg.answer, t, answered, size, again)
         pairs = _key(answered, size)
         for question in asks:
             tokens = QUESTION_TOKENS + PAIR_TOKENS + min(cfg.assess.max_tokens, REPLY_TOKENS)
@@ -172,6 +189,22 @@ def jobs(cfg: RunConfig) -> Iterator[Job]:
         model = _key(t, below, on, settings(replace(train, checkpoint_steps=1, gradient_checkpointing=True)))
         yield Job(t, "train", model, rows, train.epochs * PAIR_TOKENS)
         pools.append(_key(written, size))
+
+
+def _instruct_jobs(cfg: InstructConfig, t: int, key: str, size: int) -> Iterator[Job]:
+    if cfg.method == "topics":
+        yield Job(t, "instruct", _key(key, "topics"), len(TYPES), TYPE_TOKENS + min(cfg.max_tokens, TOPICS_TOKENS))
+    prompt, after, kept = WRITING[cfg.method]
+    yield Job(t, "instruct", key, size, (prompt + min(cfg.max_tokens, after)) / kept)
+
+
+def _answer_jobs(cfg: AnswerConfig, t: int, key: str, size: int, again: bool) -> Iterator[Job]:
+    if again:
+        yield Job(t, "answer", key, size, INSTRUCTION_TOKENS + LONG_ANSWER_TOKENS)
+        return
+    if cfg.method == "instances":
+        yield Job(t, "answer", _key(key, "classes"), size, INSTRUCTION_TOKENS + YES_OR_NO_TOKENS)
+    yield Job(t, "answer", key, size, INSTRUCTION_TOKENS + min(cfg.max_tokens, ANSWERING[cfg.method]))
 
 
 def _key(*parts: Any) -> str:

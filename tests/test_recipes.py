@@ -16,7 +16,7 @@ from isheep import run
 from isheep.artifacts import Journal
 from isheep.config import UserError, data_path
 from isheep.grid import report
-from isheep.recipes import SCALED, get, jobs, load_recipe, plan_lines, scaled
+from isheep.recipes import SCALED, Job, get, jobs, load_recipe, plan_lines, scaled
 from isheep.sampler.engine import Sampler
 from isheep.sampler.request import Completion, Request
 from isheep.sampler.store import Store
@@ -205,7 +205,8 @@ def test_a_recipe_loads_and_its_settings_exist(path: Path) -> None:
 
 def test_there_is_a_recipe_for_each_table_and_figure() -> None:
     names = {path.stem for path in RECIPES}
-    assert names == {"main", "iterative", "filters", "levels", "prompts", "threshold", "data_size", "llama3"}
+    tables = {"main", "iterative", "filters", "levels", "prompts", "threshold", "data_size", "llama3", "baselines"}
+    assert names == tables
 
 
 def test_published_figures_stand_beside_ours() -> None:
@@ -236,6 +237,35 @@ def test_jobs_of_later_iterations_share_only_what_led_there() -> None:
     )
     same = {place for place in one if one[place] == other[place]}
     assert same == {(1, stage) for stage in ("instruct", "answer", "assess", "measure")}
+
+
+def job_list(*flags: str) -> list[Job]:
+    return list(jobs(run.resolve(run.parser().parse_args(["--model", "m", *flags]))))
+
+
+def test_jobs_of_the_baselines_are_those_that_they_do() -> None:
+    """What is the same is shared; what is not done is no job."""
+    own = {job.key: job for job in job_list("--iterations", "1")}
+    assert {job.key for job in job_list("--baseline", "dromedary_iter1")} == own.keys()
+    unrated = job_list("--baseline", "self_instruct")
+    assert [job.stage for job in unrated] == ["instruct", "answer", "measure", "train"]
+    assert [job.key in own for job in unrated] == [True, True, True, False]
+    other = job_list("--baseline", "self_instruct_2022")
+    assert [job.stage for job in other] == ["instruct", "answer", "answer", "measure", "train"]
+    assert not {job.key for job in other} & own.keys()
+    assert other[0].row_tokens < unrated[0].row_tokens, "shorter prompts, no inputs"
+    engraved = job_list("--baseline", "dromedary")
+    assert [job.key in own for job in engraved] == [True, False, False, False]
+
+
+def test_jobs_of_topics_and_of_long_answers() -> None:
+    topics = job_list("--baseline", "dromedary", "--set", "instruct.method=topics")
+    assert [job.num_rows for job in topics] == [20, 200, 200, 200, 200]
+    short = job_list("--baseline", "dromedary")
+    longer = job_list("--baseline", "dromedary", "--set", "answer.verbose=true")
+    assert longer[: len(short)] == short
+    assert [job.stage for job in longer[len(short) :]] == ["answer", "measure", "train"]
+    assert longer[len(short)].row_tokens > short[1].row_tokens
 
 
 @pytest.mark.parametrize(
