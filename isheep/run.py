@@ -40,6 +40,7 @@ from isheep.config import (
 )
 from isheep.log import log
 from isheep.text.seeds import load_seeds
+from isheep.text.templates import template
 
 if TYPE_CHECKING:
     from isheep.recipes import Recipe
@@ -226,6 +227,11 @@ def resolve(args: argparse.Namespace, default: Mapping[str, Any] | None = None, 
         raise UserError(
             f"instruct.data_size = {cfg.instruct.data_size} cannot fill select.num_clusters = {select.num_clusters}: "
             "lower the latter, or raise the former."
+        )
+    if cfg.paper_joins and cfg.template is not None and template(cfg.template).joint != "\n":
+        raise UserError(
+            f'paper_joins is about a line break between instruction and input, which template = "{cfg.template}" does '
+            "not have: leave one of the two out."
         )
     if cfg.iterations is None:
         preset = model_preset(cfg.model)

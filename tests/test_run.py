@@ -201,6 +201,8 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--set", "instruct.num_generated=1"], "num_generated must be 0 unless"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),
         (["--set", "patience=1", "--set", "train.val_share=0"], "needs validation losses"),
+        (["--set", "paper_joins=true", "--set", "template=alpaca"], 'which template = "alpaca" does not have'),
+        (["--set", "measure.context=prompt", "--baseline", "dromedary"], "catches zero-shot answers"),
         (["--seeds", "nowhere.jsonl"], r"cannot read nowhere\.jsonl"),
         (["--config", "nowhere.toml"], r"cannot read the configuration nowhere\.toml"),
         (["--adapter", "x"], "starts from the base model"),
