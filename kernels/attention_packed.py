@@ -14,7 +14,7 @@ found on the device from cu_seqlens: no launch waits for lengths, none is compil
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -109,24 +109,29 @@ def forward_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
     if dtype == torch.float32:
         return EXACT
     if head_dim > 128:
-        return Tile(128, 64, 8, 2) if capability >= 90 else Tile(64, 32, 4, 2)
+        return Tile(128, 32, 8, 2) if capability >= 90 else Tile(64, 32, 8, 2)
     if head_dim > 64:
-        return Tile(128, 128, 8, 2) if capability >= 90 else Tile(128, 64, 8, 2)
+        return Tile(128, 128 if head_dim == 128 else 64, 8, 2) if capability >= 90 else Tile(64, 64, 4, 2)
     return Tile(128, 128, 8, 3) if capability >= 90 else Tile(128, 64, 4, 3)
 
 
 def backward_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
+    """Of the sweep over keys."""
     if dtype == torch.float32:
         return EXACT
     if head_dim > 128:
-        return Tile(32, 64, 8, 1)
-    return Tile(64, 128, 8, 2) if capability >= 90 else Tile(32, 128, 8, 1)
+        return Tile(32, 32, 8, 2 if capability >= 90 else 1)
+    if capability >= 90:
+        return Tile(32, 128, 8, 3) if head_dim > 64 else Tile(64, 128, 8, 3)
+    return Tile(64, 64, 8, 2)
 
 
 def dq_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
     if dtype == torch.float32:
         return EXACT
-    return Tile(64, 32, 4, 1) if head_dim > 128 else Tile(128, 32, 8, 1)
+    if head_dim > 128:
+        return Tile(128, 32, 8, 1) if capability >= 90 else Tile(64, 32, 8, 1)
+    return Tile(128, 64, 8, 2) if capability >= 90 else Tile(64, 64, 8, 2)
 
 
 def capability(x: Tensor) -> int:
@@ -222,7 +227,7 @@ def _attention_packed_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_ptr, num_tokens, num_seqs, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y [T, H, D] and lse [H, T] of BLOCK_M queries of one head. Grid: tiles, H. A sequence's last rows come first."""
+    """y [T, H, D] of BLOCK_M queries of one head, and lse [H, T] / scale. Grid: tiles, H; a sequence's last first."""
     head, heads = tl.program_id(1), tl.num_programs(1)
     kv, kv_heads = head // GROUP, heads // GROUP
     _, start, length, tile = find_tile(cu_ptr, num_seqs, tl.program_id(0), BLOCK_M)
@@ -245,7 +250,7 @@ def _attention_packed_kernel(
         y, total, peak = attend(s, v, y, total, peak, scale)
     _store(y_ptr, y / total[:, None], start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
     lse_ptr += num_tokens.to(tl.int64) * head + start
-    tl.store(lse_ptr + rows, peak + tl.log2(total), rows < length)
+    tl.store(lse_ptr + rows, (peak + tl.log2(total)) / scale, rows < length)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -260,32 +265,6 @@ def _attention_packed_delta_kernel(
     tl.store(delta_ptr + num_tokens.to(tl.int64) * head + rows, tl.sum(y * dy, 1), rows < num_tokens)
 
 
-@triton.jit
-def _backward_block(
-    dk, dv, k, v, q_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, start, m, n, length, num_tokens, heads, head, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    DIAGONAL: tl.constexpr, ADD_DQ: tl.constexpr,
-):  # fmt: skip
-    """What BLOCK_M queries of one head add to dk and dv [BLOCK_N, BLOCK_D] of keys n and on, and get as dq."""
-    rows = m + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
-    dy = _load(dy_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
-    offsets = num_tokens.to(tl.int64) * head + start + rows
-    lse = tl.load(lse_ptr + offsets, rows < length, float("inf"))  # a row past the end weighs nothing
-    delta = tl.load(delta_ptr + offsets, rows < length, 0.0)
-    dp = matmul(v, dy.T, tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M]))
-    p = tl.exp2(matmul(k, q.T, tl.broadcast_to(-lse[None, :], [BLOCK_N, BLOCK_M])) * (scale * LOG2E))
-    p = tl.where(rows[None, :] >= n + tl.arange(0, BLOCK_N)[:, None], p, 0.0)
-    dv = matmul(p.to(q.dtype), dy, dv)
-    ds = (p * dp).to(q.dtype)
-    if ADD_DQ:
-        dq = matmul(ds.T, k) * scale
-        addresses = _addresses(dq_ptr, start + m, heads, head, D, BLOCK_M, BLOCK_D)
-        tl.atomic_add(addresses, dq, _within(length - m, D, BLOCK_M, BLOCK_D), sem="relaxed")
-    dk = matmul(ds, q, dk)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["num_tokens", "num_seqs"])
 def _attention_packed_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, num_tokens, num_seqs, scale,
@@ -295,19 +274,32 @@ def _attention_packed_dkdv_kernel(
     """dk, dv [T, G, D] of BLOCK_N keys of one key/value head; ADD_DQ: dq [T, H, D] fp32 += theirs. Grid: tiles, G."""
     kv, kv_heads = tl.program_id(1), tl.num_programs(1)
     _, start, length, tile = find_tile(cu_ptr, num_seqs, tl.program_id(0), BLOCK_N)
-    n = tile * BLOCK_N
+    n, heads = tile * BLOCK_N, kv_heads * GROUP
     if n >= length:
         return
+    keys = n + tl.arange(0, BLOCK_N)
     k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
     v = _load(v_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
     dk, dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    steps = tl.cdiv(length - n, BLOCK_M)  # of queries that see some of these keys, for each head of the group
-    for i in range(0, GROUP * steps):
-        head, m = kv * GROUP + i // steps, n + i % steps * BLOCK_M
-        dk, dv = _backward_block(
-            dk, dv, k, v, q_ptr, dy_ptr, lse_ptr, delta_ptr, dq_ptr, start, m, n, length, num_tokens,
-            kv_heads * GROUP, head, scale, D, BLOCK_D, BLOCK_M, BLOCK_N, True, ADD_DQ,
-        )  # fmt: skip
+    for head in range(kv * GROUP, (kv + 1) * GROUP):
+        for m in range(n, length, BLOCK_M):  # queries that see some of these keys
+            rows = m + tl.arange(0, BLOCK_M)
+            q = _load(q_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
+            dy = _load(dy_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
+            offsets = num_tokens.to(tl.int64) * head + start + rows
+            lse = tl.load(lse_ptr + offsets, rows < length, float("inf"))  # a row past the end weighs nothing
+            delta = tl.load(delta_ptr + offsets, rows < length, 0.0)
+            # Products that start from -delta and -lse leave those in no registers of their own.
+            dp = matmul(v, dy.T, tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M]))
+            s = matmul(k, q.T, tl.broadcast_to(-lse[None, :], [BLOCK_N, BLOCK_M]))
+            p = tl.where(keys[:, None] <= rows[None, :], tl.exp2(s * (scale * LOG2E)), 0.0)
+            dv = matmul(p.to(q.dtype), dy, dv)
+            ds = (p * dp).to(q.dtype)
+            dk = matmul(ds, q, dk)
+            if ADD_DQ:  # the way round in which Hopper's tensor cores get their 64 rows
+                dq = matmul(ds.T, k) if BLOCK_M >= 64 else matmul(k.T, ds).T
+                addresses = _addresses(dq_ptr, start + m, heads, head, D, BLOCK_M, BLOCK_D)
+                tl.atomic_add(addresses, dq * scale, _within(length - m, D, BLOCK_M, BLOCK_D), sem="relaxed")
     _store(dk_ptr, dk * scale, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
     _store(dv_ptr, dv, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
 
@@ -333,7 +325,7 @@ def _attention_packed_dq_kernel(
     for n in range(0, tl.minimum(m + BLOCK_M, length), BLOCK_N):
         k = _load(k_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
         v = _load(v_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
-        p = tl.exp2(matmul(q, k.T) * (scale * LOG2E) - lse[:, None])
+        p = tl.exp2((matmul(q, k.T) - lse[:, None]) * (scale * LOG2E))
         p = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
         ds = p * (matmul(dy, v.T) - delta[:, None])
         dq = matmul(ds.to(k.dtype), k, dq)
@@ -344,12 +336,12 @@ def _attention_packed_dq_kernel(
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """What runs launch in bf16: the head sizes of the supported models, one key/value head for 1 and for 4 queries."""
+    """What runs launch in bf16: (head size, group) of Qwen1.5 and Llama, small and large, and of other head sizes."""
     half = "*" + TYPES[torch.bfloat16]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr", "dy_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), half)
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_ptr": "*i32", "scale": "fp32"}
     types |= {"num_tokens": "i32", "num_seqs": "i32"}
-    for head_dim, group in product((64, 80, 96, 128, 256), (1, 4)):
+    for head_dim, group in ((64, 1), (64, 3), (80, 1), (96, 1), (128, 1), (128, 8), (256, 1)):
         name = f"D{head_dim} group {group}"
         forward, backward, dq = (
             _constants(head_dim, group, tile(head_dim, torch.bfloat16, capability))
