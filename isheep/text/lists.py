@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 
 def numbered(items: Sequence[str]) -> str:
-    """A line "N. item" for each, from 1, and the next number: the model goes on after its point."""
-    lines = [f"{n}. {' '.join(item.split())}\n" for n, item in enumerate(items, 1)]
-    return f"{''.join(lines)}{len(items) + 1}."
+    """A line "N. item" for each, from 1."""
+    return "".join(f"{n}. {' '.join(item.split())}\n" for n, item in enumerate(items, 1))
 
 
 def parse_numbered(text: str, first: int, is_cut: bool) -> tuple[list[str], int]:

@@ -16,7 +16,7 @@ FIELDS = ("Input", "Output")
 
 def task_list_prompt(instructions: Sequence[str]) -> str:
     """The model goes on with the next number; read its text with `parse_numbered`."""
-    return f"Here is a list of tasks, each of another kind:\n{numbered(instructions)}"
+    return f"Here is a list of tasks, each of another kind:\n{numbered(instructions)}{len(instructions) + 1}."
 
 
 def classification_prompt(instruction: str, examples: Sequence[SeedTask]) -> str:

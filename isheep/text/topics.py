@@ -6,7 +6,7 @@ The method is Dromedary's (paper §9); types, examples and words are this projec
 from isheep.text.lists import numbered, parse_numbered
 
 NUM_TOPICS = 10  # of each type
-TOPICS_STOP = (f"\n{NUM_TOPICS + 1}.",)
+TOPICS_STOP = (f"\n{NUM_TOPICS + 1}.", "\nType:")
 QUESTION_STOP = ("\n",)
 
 TYPES = (
@@ -32,6 +32,19 @@ TYPES = (
     "requests for a story, a poem or an idea",
 )
 
+_EXAMPLE_TYPE = "questions about cooking"
+_EXAMPLE_TOPICS = (
+    "soups for cold days",
+    "why dough rises",
+    "cooking without milk",
+    "sharpening knives",
+    "food for forty guests",
+    "leftover rice",
+    "spices of North Africa",
+    "the heat of an oven",
+    "keeping herbs fresh",
+    "a first dish for children",
+)
 # (type, topic, question)
 _EXAMPLES = (
     (TYPES[0], "migrating birds", "How do birds that fly at night find their way?"),
@@ -44,8 +57,8 @@ _EXAMPLES = (
 def topics_prompt(kind: str) -> str:
     """Asks for `NUM_TOPICS` topics of a type of question; read the reply with `parse_topics`."""
     return (
-        f"People come to an assistant with {kind}. Here are {NUM_TOPICS} different topics that such questions are about, each "
-        f"in a few words:\n{numbered([])}"
+        f"{NUM_TOPICS} different topics for each type of question, in a few words each:\n\n"
+        f"Type: {_EXAMPLE_TYPE}\n{numbered(_EXAMPLE_TOPICS)}\nType: {kind}\n1."
     )
 
 

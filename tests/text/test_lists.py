@@ -6,8 +6,8 @@ from isheep.text.lists import numbered, parse_numbered
 
 
 def test_layout() -> None:
-    assert numbered(["Sort  the\nwords.", "Why?"]) == "1. Sort the words.\n2. Why?\n3."
-    assert numbered([]) == "1."
+    assert numbered(["Sort  the\nwords.", "Why?"]) == "1. Sort the words.\n2. Why?\n"
+    assert numbered([]) == ""
 
 
 @pytest.mark.parametrize(

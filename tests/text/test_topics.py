@@ -9,7 +9,10 @@ def test_the_types_are_twenty_different_ones() -> None:
 
 
 def test_layout() -> None:
-    assert f"with {TYPES[3]}." in topics_prompt(TYPES[3]) and topics_prompt(TYPES[3]).endswith(":\n1.")
+    prompt = topics_prompt(TYPES[3])
+    assert prompt.endswith(f"\n\nType: {TYPES[3]}\n1.")
+    shown = prompt.split("Type: ")[1].partition("\n1.")[2]
+    assert len(parse_topics(shown, is_cut=False)) == NUM_TOPICS and "\n10. " in shown
     prompt = topic_prompt(TYPES[3], "deserts")
     assert prompt.endswith(f"\n\nType: {TYPES[3]}\nTopic: deserts\nQuestion:")
     assert topic_prompt(TYPES[3], "rivers").startswith(prompt.removesuffix("deserts\nQuestion:")), "a shared prefix"
