@@ -173,7 +173,9 @@ def paged_tile(head_dim: int, group: int, dtype: torch.dtype, decode: bool, capa
         return Tile(m if decode else 32, 64, 4, 1)
     if decode:
         return Tile(m, 64 if head_dim > 128 else 128, 4, 2)
-    return Tile(m, 32 if head_dim > 128 and capability < 90 else 64, 4, 2)
+    if head_dim > 128:
+        return Tile(m, 64, 8, 2 if capability >= 90 else 1)
+    return Tile(m, 64, 4, 2)
 
 
 def _constants(head_dim: int, group: int, block_size: int, decode: bool, split: bool, tile: Tile) -> dict[str, int]:
@@ -264,25 +266,21 @@ def _attention_paged_kernel(
         share = tl.cdiv(tl.cdiv(end, tl.num_programs(2)), BLOCK_N) * BLOCK_N
         begin = tl.program_id(2) * share
         end = tl.minimum(begin + share, end)
-    all_see = tl.minimum((cached + first + 1) // BLOCK_N * BLOCK_N, end)
+        rows += num_tokens.to(tl.int64) * (kv_heads * GROUP) * tl.program_id(2)  # where the result goes
+        if begin >= end:
+            tl.store(lse_ptr + rows, float("-inf"), mine)
+            return
     scale *= LOG2E
     tables_ptr += seq.to(tl.int64) * table_width
     peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n in range(begin, all_see, BLOCK_N):
-        slots, valid = _slots_of(tables_ptr, n, end, BLOCK_SIZE, BLOCK_N)
-        k = _gather(k_cache_ptr, slots, valid, kv_heads, kv, D, BLOCK_D)
-        v = _gather(v_cache_ptr, slots, valid, kv_heads, kv, D, BLOCK_D)
-        y, total, peak = attend(matmul(q, k.T), v, y, total, peak, scale)
-    for n in range(tl.maximum(begin, all_see), end, BLOCK_N):  # the last of them see more than the first
+    for n in range(begin, end, BLOCK_N):
         slots, valid = _slots_of(tables_ptr, n, end, BLOCK_SIZE, BLOCK_N)
         k = _gather(k_cache_ptr, slots, valid, kv_heads, kv, D, BLOCK_D)
         v = _gather(v_cache_ptr, slots, valid, kv_heads, kv, D, BLOCK_D)
         seen = cached + query[:, None] >= n + tl.arange(0, BLOCK_N)[None, :]
-        s = tl.where(seen, matmul(q, k.T), UNSEEN)
-        y, total, peak = attend(s, v, y, total, peak, scale)
+        y, total, peak = attend(tl.where(seen, matmul(q, k.T), UNSEEN), v, y, total, peak, scale)
     if SPLIT:
-        rows += num_tokens.to(tl.int64) * (kv_heads * GROUP) * tl.program_id(2)
         tl.store(lse_ptr + rows, peak + tl.log2(total), mine)
     y /= total[:, None]
     tl.store(y_ptr + rows[:, None] * D + dims[None, :], y.to(y_ptr.dtype.element_ty), inside)
@@ -307,7 +305,7 @@ def _attention_paged_join_kernel(
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """What sampling launches in bf16 on blocks of 16: decoding and prefill, whole and split, groups of 1, 4 and 7."""
+    """What sampling launches in bf16 on blocks of 16: decoding and prefill, whole and split, groups of 1 and 4."""
     half = "*" + TYPES[torch.bfloat16]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "y_ptr"), half)
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "lse_ptr", "part_ptr", "scale"), "*fp32") | {"scale": "fp32"}
@@ -317,7 +315,7 @@ def variants(capability: int) -> Iterator[Variant]:
     for head_dim in (64, 80, 96, 128, 256):
         yield Variant.of(f"write_kv_rope D{head_dim}", _write_kv_rope_kernel, types, _write_constants(head_dim))
         yield Variant.of(f"join D{head_dim}", _attention_paged_join_kernel, types, _join_constants(head_dim))
-        for group, decode, split in product((1, 4, 7), (True, False), (True, False)):
+        for group, decode, split in product((1, 4), (True, False), (True, False)):
             tile = paged_tile(head_dim, group, torch.bfloat16, decode, capability)
             launch = _constants(head_dim, group, 16, decode, split, tile)
             out = {"y_ptr": "*fp32"} if split else {}
