@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel for Ampere (sm_80) and Hopper (sm_90), on a machine that needs no GPU.
 
-    python -m isheep_kernels.compiled [op …] [--chip sm_80|sm_90]
+    python -m isheep_kernels.compiled [op …] [--chip sm_80|sm_90] [--first]
 
 prints registers and spilled bytes of a thread, shared memory of a block, and how many instructions of each kind that
 carry a kernel: HMMA and HGMMA multiply on tensor cores (HGMMA is Hopper's), LDGSTS and UTMALDG copy to shared memory
@@ -47,17 +47,27 @@ class Compiled(NamedTuple):
 def ops() -> list[str]:
     """The modules that have variants, by name."""
     names = (module.name for module in pkgutil.iter_modules(isheep_kernels.__path__))
-    return sorted(name for name in names if hasattr(importlib.import_module(f"isheep_kernels.{name}"), "variants"))
+    modules = {n: importlib.import_module(f"isheep_kernels.{n}") for n in names if n not in ("bench", "compiled")}
+    return sorted(name for name, module in modules.items() if hasattr(module, "variants"))
 
 
-def compile_all(names: Iterable[str], chips: Iterable[int]) -> Iterator[Compiled]:
-    """Every variant of these modules for each of these chips. RuntimeError where Triton was told to interpret."""
+def variants(op: str, chip: int) -> Iterator[Variant]:
+    yield from importlib.import_module(f"isheep_kernels.{op}").variants(chip)
+
+
+def compile_all(names: Iterable[str], chips: Iterable[int], first: bool = False) -> Iterator[Compiled]:
+    """Every variant of these modules, or the first of each kernel, for each of these chips.
+
+    RuntimeError where Triton was told to interpret.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise RuntimeError("compiled: unset TRITON_INTERPRET: kernels that are interpreted cannot be compiled")
     for name in names:
         for chip in chips:
-            for variant in importlib.import_module(f"isheep_kernels.{name}").variants(chip):
-                yield compile_variant(variant, chip)
+            found = list(variants(name, chip))
+            if first:
+                found = list({variant.kernel: variant for variant in reversed(found)}.values())
+            yield from (compile_variant(variant, chip) for variant in found)
 
 
 def compile_variant(variant: Variant, chip: int) -> Compiled:
@@ -103,23 +113,28 @@ def _output(*command: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", choices=[*ops(), []], metavar="op", help=", ".join(ops()) + "; default: all")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"default: all of {', '.join(ops())}")
     parser.add_argument("--chip", choices=[f"sm_{chip}" for chip in SHARED], help="default: both")
+    parser.add_argument(
+        "--first", action="store_true", help="of each kernel the first variant alone: a minute, not ten"
+    )
     args = parser.parse_args()
+    if unknown := set(args.ops) - set(ops()):
+        parser.error(f"no op is called {', '.join(sorted(unknown))}; there are {', '.join(ops())}")
     chips = [chip for chip in SHARED if args.chip in (None, f"sm_{chip}")]
+
     print(f"triton {triton.__version__}")
     print(
-        f"{'kernel':56}{'chip':>6}{'registers':>10}{'spilled':>8}{'shared':>8}",
-        *(f"{w:>8}" for w in INSTRUCTIONS),
-        sep="",
+        f"{'kernel':56}  chip {'registers':>10}{'spilled':>8}{'shared':>8}", *(f"{w:>8}" for w in INSTRUCTIONS), sep=""
     )
     found = []
-    for compiled in compile_all(args.ops or ops(), chips):
+    for compiled in compile_all(args.ops or ops(), chips, args.first):
         variant, chip, registers, spilled, shared, counts = compiled
         numbers = f"{registers:>10}{spilled:>8}{shared:>8}" + "".join(f"{counts[word]:>8}" for word in INSTRUCTIONS)
         print(f"{variant.name:56} sm_{chip}{numbers}", flush=True)
         found += problems(compiled)
-    print(*found, sep="\n", file=sys.stderr)
+    for problem in found:
+        print(problem, file=sys.stderr)
     return bool(found)
 
 
