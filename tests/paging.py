@@ -32,7 +32,7 @@ def paged_batch(
     for s, length in enumerate(context_lens):
         used = blocks[s][: -(-length // block_size)]
         tables[s, : len(used)] = torch.tensor(used)
-    paged = PagedMeta(torch.tensor(slots), tables, torch.tensor(context_lens, dtype=torch.int32))
+    paged = PagedMeta(torch.tensor(slots), tables, torch.tensor(context_lens, dtype=torch.int32), max(context_lens))
     cu = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
     ids = torch.tensor([t for ids, _ in chunks for t in ids])
     return PackedBatch(ids, torch.tensor(positions), cu, lens, paged=paged)

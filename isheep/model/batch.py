@@ -18,6 +18,7 @@ class PagedMeta:
     slot_mapping: Tensor  # [T] int64, block · block_size + offset of each token of this batch
     block_tables: Tensor  # [S, max_blocks] int32
     context_lens: Tensor  # [S] int32, positions cached once this batch is written
+    max_context_len: int  # the longest of them, known on the host
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class Linear(nn.Module):
             ((pair, start, end),) = segments  # training sees all its tokens through the one adapter it trains
             assert (start, end) == (0, len(x))
             return pair.train_linear(x, self.weight, self.bias)  # type: ignore[operator]
+        if len(segments) == 1 and segments[0][1:] == (0, len(x)):
+            a, b = segments[0][0].cast(x.dtype)  # type: ignore[operator]
+            return ops.lora_linear(x, self.weight, self.bias, a, b, self.packed)
         y = ops.linear(x, self.weight, self.bias, self.packed)
         for pair, start, end in segments:
             a, b = pair.cast(x.dtype)  # type: ignore[operator]
@@ -51,6 +54,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """-> norm(x + residual), x + residual."""
+        return ops.rms_norm_add(x, residual, self.weight, self.eps)
 
 
 class Rotary(nn.Module):
@@ -104,12 +111,12 @@ class Attention(nn.Module):
         )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = ops.rope(q, *cos_sin), ops.rope(k, *cos_sin)
         scale = self.head_dim**-0.5
         if kv is None:
+            q, k = ops.rope(q, k, *cos_sin)
             y = ops.attention_packed(q, k, v, batch, scale)
         else:
-            ops.write_kv(k, v, batch, *kv)
+            q = ops.write_kv_rope(q, k, v, *cos_sin, batch, *kv)
             y = ops.attention_paged(q, *kv, batch, scale)
         return self.o_proj(y.flatten(1), batch.adapters)
 
@@ -138,5 +145,6 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos_sin: CosSin, batch: PackedBatch, kv: LayerKV | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos_sin, batch, kv)
-        return x + self.mlp(self.post_attention_layernorm(x), batch)
+        y = self.self_attn(self.input_layernorm(x), cos_sin, batch, kv)
+        y, x = self.post_attention_layernorm.after_adding(y, x)
+        return x + self.mlp(y, batch)

@@ -242,6 +242,7 @@ class Sampler:
             tensor(slots, torch.int64),
             tensor(tables, torch.int32),
             tensor([chunk.end for chunk in chunks], torch.int32),
+            max(chunk.end for chunk in chunks),
         )
         cu = tensor([0, *accumulate(lens)], torch.int32)
         adapters, at = [], 0
