@@ -3,18 +3,21 @@
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from isheep import run
 from isheep.config import BASELINES, UserError
-from isheep.sampler.request import Completion, Request
+from isheep.sampler.request import Request
 from isheep.session import Session
 from isheep.stages import kept, read_sealed
+from isheep.text.principles import NEXT_QUESTION
+from isheep.text.self_instruct import NEXT_TASK
+from isheep.text.topics import QUESTION_STOP, TOPICS_STOP
 from tests.parrot import write_parrot
-from tests.scripted import ScriptedSampler, Stopped, items, script, seed_rows, stopping, words
+from tests.scripted import ScriptedSampler, Stopped, script, seed_rows, stopping, words
 from tools.kill_demo import digests
 
 CONFIG = """
@@ -38,20 +41,20 @@ def listed(key: str) -> str:
     return f" {first}" + "".join(f"\n{n}. {text}" for n, text in enumerate(rest, 10))
 
 
-def plays(baseline: str, request: Request) -> str:
-    """What a model that knows the baseline's formats would say."""
-    kind, said = request.id.rpartition("/")[2], words(request.id, 12)
-    if "/topics/" in request.id:
-        return f" {words(request.id, 2)}\n2. {words(f'{request.id} b', 2)}"
-    if "/instruct/" in request.id:
-        if request.params.stop == ("\n",):
-            return f" Tell me of {said}?"
-        return listed(request.id) if baseline == "self_instruct_2022" else items(request.id)
+def plays(request: Request) -> str:
+    """What a model would say that knows each baseline's formats, which a request's stops tell apart."""
+    kind, said, stop = request.id.rpartition("/")[2], words(request.id, 12), request.params.stop
     if kind == "class":
         return random.Random(request.id).choice([" yes", " no"])
-    if kind == "answer" and baseline == "self_instruct_2022":
+    if stop == TOPICS_STOP:
+        return f" {words(request.id, 2)}\n2. {words(f'{request.id} b', 2)}"
+    if stop == QUESTION_STOP:
+        return f" Tell me of {said}?"
+    if stop == ("\n16.",):
+        return listed(request.id)
+    if stop == (NEXT_TASK,):
         return f" {said}\nOutput: {said[::-1]}\nInput: {said[::-2]}"
-    if kind == "answer" and baseline == "dromedary" and request.adapter is None:
+    if stop == (NEXT_QUESTION,):
         return f"Thoughts: rule 2, informative.\nAnswer: {said}" if random.Random(request.id).random() < 0.8 else said
     return script(request)
 
@@ -69,26 +72,26 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Scripted:
-    """Runs the command with a script for a sampler; `after` completions it is stopped."""
+    """Runs the command with a script for a sampler; `after` completions it is stopped. `asked` is what was sampled."""
 
     def __init__(self, given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given, self.monkeypatch = given, monkeypatch
-        self.play, self.num_sampled = plays, 0
+        self.play, self.asked = plays, list[Request]()
 
-    def __call__(self, out: Path, baseline: str, *more: str, after: int | None = None, shuffle: int = 0) -> None:
-        sampler = ScriptedSampler(lambda request: self.play(baseline, request), shuffle=shuffle)
+    def __call__(self, out: Path, *flags: str, after: int | None = None, shuffle: int = 0) -> None:
+        self.asked = []
+        sampler = ScriptedSampler(self._noted, shuffle=shuffle)
         stream = sampler.stream if after is None else stopping(sampler, after)
-        self.monkeypatch.setattr(Session, "_sample", lambda _, requests: self._counted(stream(requests)))
-        given, self.num_sampled = self.given, 0
-        flags = ["--model", given / "parrot", "--config", given / "small.toml", "--seeds", given / "seeds.jsonl"]
-        line = ["isheep.run", *flags, "--device", "cpu", "--out", out, "--baseline", baseline, *more]
+        self.monkeypatch.setattr(Session, "_sample", lambda _, requests: stream(requests))
+        given = self.given
+        files = ["--model", given / "parrot", "--config", given / "small.toml", "--seeds", given / "seeds.jsonl"]
+        line = ["isheep.run", *files, "--device", "cpu", "--out", out, *flags]
         self.monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-        run.main()
+        assert run.main() in (None, 0)
 
-    def _counted(self, completions: Iterable[Completion]) -> Iterator[Completion]:
-        for completion in completions:
-            self.num_sampled += 1
-            yield completion
+    def _noted(self, request: Request) -> str:
+        self.asked.append(request)
+        return self.play(request)
 
 
 @pytest.fixture
@@ -100,26 +103,27 @@ def scripted(given: Path, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 def test_it_runs_and_goes_on_wherever_it_was_stopped(
     scripted: Scripted, tmp_path: Path, baseline: str, more: tuple[str, ...]
 ) -> None:
-    scripted(tmp_path / "whole", baseline, *more)
-    whole, num_sampled = digests(tmp_path / "whole"), scripted.num_sampled
+    flags = ("--baseline", baseline, *more)
+    scripted(tmp_path / "whole", *flags)
+    whole, num_sampled = digests(tmp_path / "whole"), len(scripted.asked)
     for i, share in enumerate((0.2, 0.5, 0.8)):
         out = tmp_path / f"stopped{i}"
         with pytest.raises(Stopped):
-            scripted(out, baseline, *more, after=int(share * num_sampled), shuffle=i)
-        scripted(out, baseline, *more, shuffle=9)
+            scripted(out, *flags, after=int(share * num_sampled), shuffle=i)
+        scripted(out, *flags, shuffle=9)
         assert digests(out) == whole
     assert (tmp_path / "whole/iter2").exists() == (more == VERBOSE)
 
 
 def test_self_instruct_keeps_what_the_rules_keep(scripted: Scripted, tmp_path: Path) -> None:
-    scripted(tmp_path / "run", "self_instruct")
+    scripted(tmp_path / "run", "--baseline", "self_instruct")
     folder = tmp_path / "run/iter1"
     assert not (folder / "scores.jsonl").exists()
     assert len(data(folder)) == len(kept(read_sealed(folder / "answers.jsonl"))) == 12
 
 
 def test_self_instruct_of_2022_trains_on_inputs_that_came_with_the_outputs(scripted: Scripted, tmp_path: Path) -> None:
-    scripted(tmp_path / "run", "self_instruct_2022")
+    scripted(tmp_path / "run", "--baseline", "self_instruct_2022")
     folder = tmp_path / "run/iter1"
     shown = [row["examples"] for row in read_sealed(folder / "completions.jsonl")]
     assert {len(ids) for ids in shown} == {8}
@@ -129,7 +133,7 @@ def test_self_instruct_of_2022_trains_on_inputs_that_came_with_the_outputs(scrip
 
 
 def test_dromedary_trains_on_answers_without_thoughts(scripted: Scripted, tmp_path: Path) -> None:
-    scripted(tmp_path / "run", "dromedary")
+    scripted(tmp_path / "run", "--baseline", "dromedary")
     folder = tmp_path / "run/iter1"
     answers = read_sealed(folder / "answers.jsonl")
     assert {row["reason"] for row in answers} == {None, "marker_missing"}
@@ -141,7 +145,7 @@ def test_dromedary_trains_on_answers_without_thoughts(scripted: Scripted, tmp_pa
 
 
 def test_dromedary_at_length_answers_the_same_instructions_again(scripted: Scripted, tmp_path: Path) -> None:
-    scripted(tmp_path / "run", "dromedary", *VERBOSE)
+    scripted(tmp_path / "run", "--baseline", "dromedary", *VERBOSE)
     first, second = (read_sealed(tmp_path / f"run/iter{t}/answers.jsonl") for t in (1, 2))
     assert [row["instruction"] for row in first] == [row["instruction"] for row in second]
     assert "thoughts" not in second[0] and len(data(tmp_path / "run/iter2")) == 12
@@ -154,13 +158,26 @@ def data(folder: Path) -> list[dict]:
 
 
 def test_a_model_without_the_format_ends_with_what_became_of_its_rows(scripted: Scripted, tmp_path: Path) -> None:
-    scripted.play = lambda _, request: script(request)
+    scripted.play = script
     with pytest.raises(UserError, match=r"none of \d+ .* is left to train on .*12 by answer marker_missing"):
-        scripted(tmp_path / "run", "dromedary")
+        scripted(tmp_path / "run", "--baseline", "dromedary")
 
 
 def test_too_few_seeds_for_eight_in_a_prompt(scripted: Scripted, given: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in seed_rows(7)))
     with pytest.raises(UserError, match="has 7 seed tasks, but each prompt shows 8"):
-        scripted(tmp_path / "run", "self_instruct_2022", "--seeds", str(few))
+        scripted(tmp_path / "run", "--baseline", "self_instruct_2022", "--seeds", str(few))
+
+
+def test_the_recipe_samples_what_its_cells_share_once(scripted: Scripted, tmp_path: Path) -> None:
+    scripted(tmp_path / "grid", "--recipe", "baselines")
+    results = json.loads((tmp_path / "grid/results.json").read_bytes())
+    assert [each["status"] for each in results.values()] == ["finished"] * len(results)
+    # Another method's request has another prompt, though its id is the same; what each adapter says is its own.
+    asked = Counter((request.id, request.prompt_token_ids) for request in scripted.asked if not request.adapter)
+    assert set(asked.values()) == {1}
+    cells = ("isheep", "dromedary_iter1", "dromedary")
+    own, same, engraved = (digests(tmp_path / "grid" / name) for name in cells)
+    name = "iter1/instructions.jsonl"
+    assert own == same and own[name] == engraved[name]
