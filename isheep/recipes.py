@@ -174,13 +174,14 @@ def jobs(cfg: RunConfig) -> Iterator[Job]:
         written = _key(model, pools, again, settings(replace(cfg.instruct, data_size=1)))
         if not again:
             yield from _instruct_jobs(cfg.instruct, t, written, size)
-        answered = _key(written, settings(replace(cfg.answer, verbose=False)))
+        answered = _key(written, cfg.measure.catches, settings(replace(cfg.answer, verbose=False)))
         yield from _answer_jobs(cfg.answer, t, answered, size, again)
         pairs = _key(answered, size)
         for question in asks:
-            tokens = QUESTION_TOKENS + PAIR_TOKENS + min(cfg.assess.max_tokens, REPLY_TOKENS)
+            reply = 0 if cfg.assess.score_decoding == "expected" else min(cfg.assess.max_tokens, REPLY_TOKENS)
+            tokens = QUESTION_TOKENS + PAIR_TOKENS + reply
             yield Job(t, "assess", _key(answered, asked, question), size, tokens)
-        if cfg.measure.enabled:
+        if cfg.measure.enabled and not cfg.measure.catches:
             yield Job(t, "measure", _key(pairs, cfg.measure.batch_tokens), size, PAIR_TOKENS + ANSWER_TOKENS)
         chosen.append(_key(pairs, settings(cfg.select), cfg.scores, asked if asks else None))
         below = model if cfg.setting == "one_last" and t > 1 else None
