@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from isheep.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _integer(low: int, high: float = math.inf) -> Callable[[object], bool]:
@@ -151,7 +153,7 @@ class Completion:
     num_cached_tokens: int
     logprobs: list[dict] | None = None
     prompt_logprobs: list[dict] | None = None
-    vectors: Tensor | None = None
+    vectors: "Tensor | None" = None
 
     def to_json(self) -> dict:
         """The row that `python -m isheep.sampler` writes; what was not asked for is left out."""
