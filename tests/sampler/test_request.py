@@ -37,6 +37,9 @@ BAD_VALUES = [
     ("seed", 2**63),
     ("logprobs", -1),
     ("logprobs", True),
+    ("logprob_token_ids", (-1,)),
+    ("num_prompt_logprobs", -1),
+    ("pool", 1),
     ("allowed_token_ids", ()),
     ("allowed_token_ids", (3, -3)),
 ]
