@@ -68,6 +68,7 @@ def select_counts(folder: Path) -> dict[str, Any]:
         **_judged(rows),
         **against,
         **_lengths("output", rows),
+        "with an input, %": round(100 * data.with_input),
         "distinct word pairs, %": round(100 * data.distinct_2),
         "repeated instructions": data.duplicates,
         "quality scores of 10, %": None if data.full_marks is None else round(100 * data.full_marks),

@@ -1,7 +1,7 @@
 """Contenders that take turns: each in a live process of its own, so that a busy machine slows them alike.
 
 A worker answers each line on stdin with one JSON line: "go" makes one timed round {"seconds", "tokens", "check"},
-"peak" asks for its peak resident memory so far. Used by bench_train.py and bench_score.py.
+"peak" asks for its peak memory so far. Used by bench_train.py and bench_score.py.
 """
 
 import json
@@ -19,18 +19,27 @@ class Round(NamedTuple):
     check: float  # a number that all contenders must agree on
 
 
-def serve(play: Callable[[], Round]) -> None:
-    """A worker's main loop. One round is played, untimed, before the first is asked for."""
+def serve(play: Callable[[], Round], device: str = "cpu") -> None:
+    """A worker's main loop. One round is played, untimed, before the first is asked for. A round ends in sync."""
     play()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         if line.strip() == "peak":
-            answer: dict[str, Any] = {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            answer: dict[str, Any] = {"peak_gib": peak_gib(device)}
         else:
             started = time.perf_counter()
             done = play()
             answer = {"seconds": time.perf_counter() - started, "tokens": done.tokens, "check": done.check}
         print(json.dumps(answer), flush=True)
+
+
+def peak_gib(device: str) -> float:
+    """Of the process's memory or, on a GPU, of what its tensors take there."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 class Worker:
