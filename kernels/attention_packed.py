@@ -110,9 +110,9 @@ def forward_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
         return EXACT
     if head_dim > 128:
         return Tile(128, 32, 8, 2) if capability >= 90 else Tile(64, 32, 8, 2)
-    if head_dim > 64:
-        return Tile(128, 128 if head_dim == 128 else 64, 8, 2) if capability >= 90 else Tile(64, 64, 4, 2)
-    return Tile(128, 128, 8, 3) if capability >= 90 else Tile(128, 64, 4, 3)
+    if capability >= 90:
+        return Tile(128, 64 if 64 < head_dim < 128 else 128, 8, 3 if head_dim <= 64 else 2)
+    return Tile(64, 64, 4, 3 if head_dim <= 64 else 2)
 
 
 def backward_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
@@ -122,8 +122,8 @@ def backward_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
     if head_dim > 128:
         return Tile(32, 32, 8, 2 if capability >= 90 else 1)
     if capability >= 90:
-        return Tile(32, 128, 8, 3) if head_dim > 64 else Tile(64, 128, 8, 3)
-    return Tile(64, 64, 8, 2)
+        return Tile(32 if head_dim > 64 else 64, 128, 8, 3)
+    return Tile(64 if head_dim > 64 else 32, 64, 8, 2)
 
 
 def dq_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
@@ -190,9 +190,15 @@ def _within(rows_left, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
-def _load(ptr, start, row, length, heads, head, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows row .. row + ROWS of the sequence that begins at token `start`, zeros past its length: [ROWS, BLOCK_D]."""
-    within = _within(length - row, D, ROWS, BLOCK_D)
+def _load(
+    ptr, start, row, length, heads, head, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """Rows row .. row + ROWS of the sequence that begins at token `start`: [ROWS, BLOCK_D], zeros past its length.
+
+    WHOLE: all of them are within it, which saves the registers of a mask.
+    """
+    within = tl.arange(0, BLOCK_D)[None, :] < D if WHOLE else _within(length - row, D, ROWS, BLOCK_D)
     return tl.load(_addresses(ptr, start + row, heads, head, D, ROWS, BLOCK_D), within, 0.0)
 
 
@@ -239,8 +245,8 @@ def _attention_packed_kernel(
     peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in range(0, m, BLOCK_N):  # keys that all these queries see
-        k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
-        v = _load(v_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
+        k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D, WHOLE=True)
+        v = _load(v_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D, WHOLE=True)
         y, total, peak = attend(matmul(q, k.T), v, y, total, peak, scale)
     for n in range(m, tl.minimum(m + BLOCK_M, length), BLOCK_N):  # the diagonal
         k = _load(k_ptr, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
@@ -286,9 +292,9 @@ def _attention_packed_dkdv_kernel(
             rows = m + tl.arange(0, BLOCK_M)
             q = _load(q_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
             dy = _load(dy_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
-            offsets = num_tokens.to(tl.int64) * head + start + rows
-            lse = tl.load(lse_ptr + offsets, rows < length, float("inf"))  # a row past the end weighs nothing
-            delta = tl.load(delta_ptr + offsets, rows < length, 0.0)
+            first = num_tokens.to(tl.int64) * head + start
+            lse = tl.load(lse_ptr + first + rows, rows < length, float("inf"))  # a row past the end weighs nothing
+            delta = tl.load(delta_ptr + first + rows, rows < length, 0.0)
             # Products that start from -delta and -lse leave those in no registers of their own.
             dp = matmul(v, dy.T, tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M]))
             s = matmul(k, q.T, tl.broadcast_to(-lse[None, :], [BLOCK_N, BLOCK_M]))
@@ -297,7 +303,7 @@ def _attention_packed_dkdv_kernel(
             ds = (p * dp).to(q.dtype)
             dk = matmul(ds, q, dk)
             if ADD_DQ:  # the way round in which Hopper's tensor cores get their 64 rows
-                dq = matmul(ds.T, k) if BLOCK_M >= 64 else matmul(k.T, ds).T
+                dq = matmul(ds.T, k) if BLOCK_M >= BLOCK_N else matmul(k.T, ds).T
                 addresses = _addresses(dq_ptr, start + m, heads, head, D, BLOCK_M, BLOCK_D)
                 tl.atomic_add(addresses, dq * scale, _within(length - m, D, BLOCK_M, BLOCK_D), sem="relaxed")
     _store(dk_ptr, dk * scale, start, n, length, kv_heads, kv, D, BLOCK_N, BLOCK_D)
@@ -318,9 +324,9 @@ def _attention_packed_dq_kernel(
     rows = m + tl.arange(0, BLOCK_M)
     q = _load(q_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
     dy = _load(dy_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
-    offsets = num_tokens.to(tl.int64) * head + start + rows
-    lse = tl.load(lse_ptr + offsets, rows < length, float("inf"))
-    delta = tl.load(delta_ptr + offsets, rows < length, 0.0)
+    first = num_tokens.to(tl.int64) * head + start
+    lse = tl.load(lse_ptr + first + rows, rows < length, float("inf"))
+    delta = tl.load(delta_ptr + first + rows, rows < length, 0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in range(0, tl.minimum(m + BLOCK_M, length), BLOCK_N):
         k = _load(k_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
