@@ -404,15 +404,18 @@ def _lora_product_kernel(
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """bf16 layers with fp32 adapters of rank 16: training with and without dropout, and a few rows at a time."""
+    """bf16 layers, rank 16: training fp32 adapters with and without dropout, and a few rows by bf16 copies of them."""
     types = dict.fromkeys(("x", "w", "bias", "y"), f"*{TYPES[torch.bfloat16]}")
-    types |= dict.fromkeys(("low", "a", "b", "out"), "*fp32") | {"scale": "fp32", "tokens": "*i64"}
+    types |= {"low": "*fp32", "out": "*fp32"} | {"scale": "fp32", "tokens": "*i64"}
     multiples = ("K", "N", "R", "chunk", "x_stride", "low_stride_s", "low_stride_t", "low_stride_0", "low_stride_1")
     multiples += ("w_stride_n", "w_stride_k", "b_stride_n", "b_stride_r", "a_stride_r", "a_stride_k")
 
-    def variant(name: str, kernel: Any, launch: dict[str, Any], **constants: Any) -> Variant:
+    def variant(name: str, kernel: Any, launch: dict[str, Any], adapter: str = "*fp32", **constants: Any) -> Variant:
         constants = launch | ({} if constants.get("MASKED") else {"tokens": None, "MASKED": False}) | constants
-        made = Variant.of(f"lora_{name} bf16", kernel, dict.fromkeys(kernel.arg_names, "i32") | types, constants)
+        kinds = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(("a", "b"), adapter)
+        if constants.get("SHRINK"):
+            kinds["low"] = adapter
+        made = Variant.of(f"lora_{name} bf16", kernel, kinds, constants)
         integers = tuple(n for n in multiples if made.signature.get(n) == "i32")
         return made._replace(divisible_by_16=made.divisible_by_16 + integers)
 
@@ -425,7 +428,9 @@ def variants(capability: int) -> Iterator[Variant]:
     tile = partial(_product_launch, K=4096, R=16, dtype=torch.bfloat16, chip=capability)
     forward = {"w_stride_k": 1, "b_stride_r": 1, "ADD": False}
     for T, where in ((8192, "many rows"), (16, "16 rows"), (32, "32 rows"), (64, "64 rows")):
-        low = {"SHRINK": True, "low_stride_1": 1} if T <= FEW_ROWS else {"SHRINK": False, "splits": 1}
+        low = {"SHRINK": False, "splits": 1}
+        if T <= FEW_ROWS:
+            low = {"SHRINK": True, "low_stride_1": 1, "adapter": types["x"]}
         for bias in ({"BIAS": True}, {"BIAS": False, "bias": None}):
             name = f"product {where}{' bias' if bias['BIAS'] else ''}"
             yield variant(name, _lora_product_kernel, tile(T, masked=False), **forward | low | bias)

@@ -1,4 +1,6 @@
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +30,12 @@ def test_each_case_is_checked_against_its_definition(op, small):
         assert not is_right(wrong, inputs), case.shape
 
 
-def test_every_op_with_a_kernel_has_cases():
-    assert set(ops()) == set(bench.OPS)
+def test_every_op_with_a_kernel_has_cases_a_test_and_a_row():
+    tests, kernels = Path(__file__).parent, Path(bench.__file__).parent
+    rows = re.findall(r"^\| `(\w+)`", (kernels / "README.md").read_text(), re.MULTILINE)
+    for op in ops():
+        assert op in bench.OPS and op in rows and (tests / f"test_{op}.py").exists()
+    assert set(bench.OPS) == set(ops())
 
 
 def test_counts_of_a_lora_layer():

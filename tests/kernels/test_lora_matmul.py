@@ -225,9 +225,9 @@ def test_the_triton_kernels_with_dropout(dtype, fused):
 
 
 @INTERPRETED
-@pytest.mark.parametrize(("T", "r"), [(1, 3), (13, 16), (40, 40)], ids=str)
-def test_few_rows_without_gradients(T, r, dtype):
-    """Decoding's path: x meets a on its way past w, or first where the rank is too wide for that."""
+@pytest.mark.parametrize(("T", "r"), [(1, 3), (13, 16), (40, 40), (70, 16)], ids=str)
+def test_the_triton_kernels_without_gradients(T, r, dtype):
+    """Few rows: x meets a on its way past w, or first where the rank is too wide for that. Many: first."""
     trained, frozen, _ = tensors(dtype, T, 150, 71, r)
     inputs = trained | frozen
     kernel, reference = both()
@@ -235,6 +235,12 @@ def test_few_rows_without_gradients(T, r, dtype):
         got = kernel(**{name: fenced(t) for name, t in inputs.items()})
     wide = {name: t.double() for name, t in inputs.items()}
     assert_as_good_as(got, reference(**inputs), reference(**wide))
+
+
+def test_every_tile_is_made_once():
+    """Eleven rows of tiles: a whole group of those walked side by side, and a part of one."""
+    trained, frozen, grads = tensors(torch.float32, 700, 17, 130, 2)
+    assert_kernel_is_as_good_as(*both(), trained, frozen, grads)
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["one pass", "a mask each"])
