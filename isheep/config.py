@@ -44,10 +44,13 @@ ANSWER_METHODS = ("zero_shot", "instances", "principles")
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # What the paper compares with. A value under `BASELINES` or `IMPLIED` holds where nothing else is said.
-_ONCE_UNRATED = {"setting": "one_base", "iterations": 1, "select": {"method": "threshold", "threshold": 0}}
+_ONCE = {"setting": "one_base", "iterations": 1}
+_UNRATED = {"select": {"method": "threshold", "threshold": 0}}
+_AS_THE_LOOP = {"instruct": {"method": "list"}, "answer": {"method": "zero_shot"}}
 BASELINES: dict[str, dict[str, Any]] = {
-    "self_instruct": _ONCE_UNRATED,  # as the paper means it: the loop's first iteration without self-assessment
-    "self_instruct_2022": _ONCE_UNRATED
+    "self_instruct": _ONCE | _UNRATED | _AS_THE_LOOP,  # as the paper means it
+    "self_instruct_2022": _ONCE
+    | _UNRATED
     | {
         "instruct": {
             "method": "self_instruct",
@@ -63,8 +66,9 @@ BASELINES: dict[str, dict[str, Any]] = {
         },
         "answer": {"method": "instances", "temperature": 0.0, "max_tokens": 300},
     },
-    "dromedary_iter1": {"setting": "one_base", "iterations": 1},  # as the paper means it
-    "dromedary": _ONCE_UNRATED
+    "dromedary_iter1": _ONCE | _AS_THE_LOOP,  # as the paper means it
+    "dromedary": _ONCE
+    | _UNRATED
     | {
         "answer": {"method": "principles", "temperature": 0.5, "max_tokens": 256},
         "train": {
@@ -87,7 +91,7 @@ IMPLIED: dict[str, Mapping[Any, dict[str, Any]]] = {
     "answer.verbose": {True: {"iterations": 2, "alarm": {"max_duplicates": 1.0}}},
 }
 # Of what is implied, these cannot be changed: it would be something else.
-ESSENTIAL = ("setting", "iterations", "answer.method", "select.method", "select.threshold")
+ESSENTIAL = ("setting", "iterations", "instruct.method", "answer.method", "select.method", "select.threshold")
 
 
 def implied(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

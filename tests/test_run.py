@@ -197,6 +197,7 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         ),
         (["--iterations", "1", "--baseline", "self_instruct", "--set", "select.threshold=2"], "threshold = 0, not 2"),
         (["--iterations", "1", "--baseline", "dromedary", "--set", "answer.method=zero_shot"], "not .zero_shot"),
+        (["--iterations", "1", "--baseline", "self_instruct", "--set", "answer.method=instances"], "not .instances"),
         (["--set", "answer.verbose=true"], "verbose must be false unless answer.method"),
         (["--set", "instruct.num_generated=1"], "num_generated must be 0 unless"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),

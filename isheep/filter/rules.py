@@ -1,8 +1,7 @@
 """Rules that a generated instruction, and later its answer, must pass: a table of named reasons each, in order.
 
-The rules are the paper's (arXiv 2408.08072, its appendix on filters); those for instances are Self-Instruct's. The first
-reason that holds drops the row. Words are matched whole and in any case. Each table is read from
-top to bottom.
+The rules are the paper's (arXiv 2408.08072, its appendix on filters); those for instances are Self-Instruct's. The
+first reason that holds drops the row. Words are matched whole and in any case. Each table is read from top to bottom.
 """
 
 import re

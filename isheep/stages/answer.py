@@ -145,7 +145,10 @@ class AtLength:
     """The model that was trained on principled answers is asked for long ones, in its own format."""
 
     template: Template
-    params = SamplingParams(temperature=0.3, top_p=0.7, max_tokens=512)
+
+    @property
+    def params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.3, top_p=0.7, max_tokens=512, stop=self.template.stop)
 
     def prompt(self, row: Row) -> str:
         task = self.template.content(row["instruction"], row["input"])
