@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median, quantiles
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
 from isheep_kernels.attention_paged import attention_paged, attention_paged_ref
 from isheep_kernels.linear_cross_entropy import fused_linear_cross_entropy, linear_cross_entropy_ref
-from isheep_kernels.lora_matmul import lora_matmul, lora_matmul_ref
+from isheep_kernels.lora_matmul import FUSED_UP_TO, lora_matmul, lora_matmul_ref
 from isheep_kernels.rms_norm import rms_norm, rms_norm_add, rms_norm_ref
 from isheep_kernels.rope import rope, rope_ref
 from isheep_kernels.swiglu import swiglu, swiglu_ref
@@ -131,7 +132,7 @@ def swiglu_cases(name: str, m: Model) -> Iterator[Case]:
 
 
 def lora_matmul_cases(name: str, m: Model) -> Iterator[Case]:
-    """Forward; beside the definition, the base product alone, which is the floor."""
+    """Forward, beside its floor, the base product alone, and both forms that `FUSED_UP_TO` chooses from."""
 
     def inputs(T: int, K: int, N: int) -> Inputs:
         a, b = torch.randn(RANK, K, device=DEVICE) / K**0.5, torch.randn(N, RANK, device=DEVICE)
@@ -140,7 +141,13 @@ def lora_matmul_cases(name: str, m: Model) -> Iterator[Case]:
     def base(x: Tensor, w: Tensor, **_: Any) -> Tensor:
         return F.linear(x, w)
 
-    rivals = {"base product alone": base, "eager": lora_matmul_ref, "torch.compile": _compiled(lora_matmul_ref)}
+    def form(widest: int, **inputs: Any) -> Tensor:
+        with patch.dict(FUSED_UP_TO, dict.fromkeys(FUSED_UP_TO, widest)):
+            return lora_matmul(**inputs)
+
+    forms = {"one kernel": partial(form, 1 << 30), "library product and a pass": partial(form, 0)}
+    eager = {"eager": lora_matmul_ref, "torch.compile": _compiled(lora_matmul_ref)}
+    rivals = {"base product alone": base} | forms | eager
     heads, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
     layers = {"q": (m.hidden, heads), "k": (m.hidden, kv), "gate": (m.hidden, m.inner), "down": (m.inner, m.hidden)}
     for T in (TRAIN, DECODE):

@@ -38,6 +38,18 @@ def test_every_op_with_a_kernel_has_cases_a_test_and_a_row():
     assert set(bench.OPS) == set(ops())
 
 
+def test_both_forms_of_a_lora_layer_are_right(small, monkeypatch):
+    monkeypatch.setattr(bench, "TRAIN", 70)  # more than few rows, of which there is one form
+    case = next(bench.lora_matmul_cases("small", SMALL))
+    inputs, wanted = case.inputs(), []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: wanted.append(x) or (x @ w.t()))
+    for form, products in (("one kernel", 0), ("library product and a pass", 1)):
+        wanted.clear()
+        case.rivals[form](**inputs)
+        assert len(wanted) == products
+        assert is_right(case._replace(ours=case.rivals[form]), inputs)
+
+
 def test_counts_of_a_lora_layer():
     case = next(bench.lora_matmul_cases("qwen1.5-7b", bench.MODELS["qwen1.5-7b"]))
     assert case.flops == 2 * 8192 * 4096 * 4096 + 2 * 8192 * 16 * (4096 + 4096)
