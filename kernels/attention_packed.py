@@ -347,16 +347,17 @@ def variants(capability: int) -> Iterator[Variant]:
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "y_ptr", "dy_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), half)
     types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cu_ptr": "*i32", "scale": "fp32"}
     types |= {"num_tokens": "i32", "num_seqs": "i32"}
-    for head_dim, group in ((64, 1), (64, 3), (80, 1), (96, 1), (128, 1), (128, 8), (256, 1)):
-        name = f"D{head_dim} group {group}"
+    one_sweep = types | {"dq_ptr": "*fp32"}
+    for head_dim, group in ((128, 1), (128, 8), (64, 1), (64, 3), (80, 1), (96, 1), (256, 1)):
         forward, backward, dq = (
             _constants(head_dim, group, tile(head_dim, torch.bfloat16, capability))
             for tile in (forward_tile, backward_tile, dq_tile)
         )
-        two_sweeps = backward | {"ADD_DQ": False, "dq_ptr": None}
-        yield Variant.of(f"forward {name}", _attention_packed_kernel, types, forward)
-        yield Variant.of(f"delta {name}", _attention_packed_delta_kernel, types, _delta_constants(head_dim))
-        one_sweep = types | {"dq_ptr": "*fp32"}
-        yield Variant.of(f"dkdv {name}", _attention_packed_dkdv_kernel, one_sweep, backward | {"ADD_DQ": True})
-        yield Variant.of(f"dkdv without dq {name}", _attention_packed_dkdv_kernel, types, two_sweeps)
-        yield Variant.of(f"dq {name}", _attention_packed_dq_kernel, types, dq)
+        for what, kernel, of, launch in (
+            ("forward", _attention_packed_kernel, types, forward),
+            ("delta", _attention_packed_delta_kernel, types, _delta_constants(head_dim)),
+            ("dkdv + dq", _attention_packed_dkdv_kernel, one_sweep, backward | {"ADD_DQ": True}),
+            ("dkdv", _attention_packed_dkdv_kernel, types, backward | {"ADD_DQ": False, "dq_ptr": None}),
+            ("dq", _attention_packed_dq_kernel, types, dq),
+        ):
+            yield Variant.of(f"attention_packed {what} bf16 D{head_dim} group {group}", kernel, of, launch)

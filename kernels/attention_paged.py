@@ -116,17 +116,14 @@ def attention_paged(
     tile = paged_tile(D, H // G, q.dtype, decode, capability(q))
     tiles = S if decode else num_tiles(T, cu_seqlens, tile.m // (H // G))
     splits = num_splits or choose_splits(tiles * G, max_context_len, _slots(q))
+    assert splits <= MAX_SPLITS
     constants = _constants(D, H // G, k_cache.shape[1], decode, splits > 1, tile)
-    sizes = (S, block_tables.shape[1], T, scale)
-
-    y, part, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), None, None
-    if splits > 1:
-        part = q.new_empty(splits, T, H, D, dtype=torch.float32)
-        lse = q.new_empty(splits, T, H, dtype=torch.float32)
-    lengths = (cu_seqlens, context_lens, block_tables.contiguous())
-    out = y if part is None else part
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    part = y if splits == 1 else q.new_empty(splits, T, H, D, dtype=torch.float32)
+    lse = None if splits == 1 else q.new_empty(splits, T, H, dtype=torch.float32)
+    lengths = (cu_seqlens, context_lens, block_tables.contiguous(), S, block_tables.shape[1], T)
     _attention_paged_kernel[(tiles, G, splits)](
-        q.contiguous(), k_cache, v_cache, out, lse, *lengths, *sizes, **constants
+        q.contiguous(), k_cache, v_cache, part, lse, *lengths, scale, **constants
     )
     if splits > 1:
         _attention_paged_join_kernel[(T * H,)](part, lse, y, T * H, splits, **_join_constants(D))
@@ -168,9 +165,10 @@ def _slots(x: Tensor) -> int:
 
 def paged_tile(head_dim: int, group: int, dtype: torch.dtype, decode: bool, capability: int) -> Tile:
     """Rows are queries times the heads of a group. A lone row, of a decoding head without a group, needs no padding."""
-    m = (1 if group == 1 else max(16, triton.next_power_of_2(group))) if decode else 64
-    if dtype == torch.float32:
-        return Tile(m if decode else 32, 64, 4, 1)
+    heads = triton.next_power_of_2(group)
+    m = max(64, heads) if not decode else 1 if group == 1 else max(16, heads)
+    if dtype == torch.float32:  # without tensor cores, for checks
+        return Tile(max(heads, min(m, 32)), 64, 4, 1)
     if decode:
         return Tile(m, 64 if head_dim > 128 else 128, 4, 2)
     if head_dim > 128:
@@ -308,17 +306,20 @@ def variants(capability: int) -> Iterator[Variant]:
     """What sampling launches in bf16 on blocks of 16: decoding and prefill, whole and split, groups of 1 and 4."""
     half = "*" + TYPES[torch.bfloat16]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "k_cache_ptr", "v_cache_ptr", "y_ptr"), half)
-    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "lse_ptr", "part_ptr", "scale"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "lse_ptr", "part_ptr"), "*fp32") | {"scale": "fp32"}
     types |= dict.fromkeys(("cu_ptr", "lens_ptr", "tables_ptr"), "*i32") | {"slots_ptr": "*i64"}
     types |= dict.fromkeys(("num_heads", "num_kv_heads", "num_seqs", "table_width", "num_tokens"), "i32")
-    types |= {"num_rows": "i32", "num_splits": "i32"}
-    for head_dim in (64, 80, 96, 128, 256):
-        yield Variant.of(f"write_kv_rope D{head_dim}", _write_kv_rope_kernel, types, _write_constants(head_dim))
-        yield Variant.of(f"join D{head_dim}", _attention_paged_join_kernel, types, _join_constants(head_dim))
+    types |= dict.fromkeys(("num_rows", "num_splits"), "i32")
+    for head_dim in (128, 64, 80, 96, 256):
+        yield Variant.of(f"write_kv_rope bf16 D{head_dim}", _write_kv_rope_kernel, types, _write_constants(head_dim))
+        yield Variant.of(
+            f"attention_paged join D{head_dim}", _attention_paged_join_kernel, types, _join_constants(head_dim)
+        )
         for group, decode, split in product((1, 4), (True, False), (True, False)):
             tile = paged_tile(head_dim, group, torch.bfloat16, decode, capability)
             launch = _constants(head_dim, group, 16, decode, split, tile)
             out = {"y_ptr": "*fp32"} if split else {}
             whole = {} if split else {"lse_ptr": None}
-            name = f"{'decode' if decode else 'prefill'} {'split ' if split else ''}D{head_dim} group {group}"
+            what = f"{'decode' if decode else 'prefill'}{' split' if split else ''}"
+            name = f"attention_paged {what} bf16 D{head_dim} group {group}"
             yield Variant.of(name, _attention_paged_kernel, types | out, launch | whole)
