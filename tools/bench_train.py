@@ -71,7 +71,8 @@ def peft_model(args: argparse.Namespace) -> Any:
         return AutoModelForCausalLM.from_pretrained(resolve(args.model), dtype=dtype).to(args.device)
     preset = model_preset(args.random)
     assert preset is not None, f"{args.random} is not in configs/models"
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**preset.architecture), dtype=dtype).to(args.device)
+    config = AutoConfig.for_model(**{"model_type": "llama"} | preset.architecture)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(args.device)
     fill(model)
     return model
 

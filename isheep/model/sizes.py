@@ -19,7 +19,8 @@ GIB = 2**30
 # A request for instructions is about 1,000 tokens of examples and up to 1,000 new ones; an answer or a rating is less.
 SEQUENCE_TOKENS = 2048
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# What torch's own operators need on top, where no fused kernel serves: see the terms that use them.
+# What torch's definitions need on top, see the terms that use them. Triton's kernels need less: until they have been
+# measured on a GPU the plan stays on the safe side.
 MASK_BYTES = 24  # for each element of a LoRA's input: the mask of its dropout is made of three 64-bit integers
 DRAW_BYTES = 58  # for each logit of a row that is drawn from: probabilities, their order, sums in double precision
 
