@@ -66,7 +66,7 @@ def compile_all(names: Iterable[str], chips: Iterable[int], first: bool = False)
         for chip in chips:
             found = list(variants(name, chip))
             if first:
-                found = list({variant.kernel: variant for variant in reversed(found)}.values())
+                found = [v for i, v in enumerate(found) if v.kernel not in (u.kernel for u in found[:i])]
             yield from (compile_variant(variant, chip) for variant in found)
 
 
