@@ -172,7 +172,7 @@ def paged_tile(head_dim: int, group: int, dtype: torch.dtype, decode: bool, capa
     if decode:
         return Tile(m, 128 if head_dim <= (64 if m == 1 else 128) else 64, 4, 2)
     if head_dim > 128:
-        return Tile(m, 64, 8, 2 if capability >= 90 else 1)
+        return Tile(m, 32, 8, 2)
     return Tile(m, 64, 4, 2) if head_dim <= 64 or capability >= 90 else Tile(m, 32, 4, 3)
 
 
