@@ -97,8 +97,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
 def fused_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """`linear_cross_entropy_ref` in Triton, on the unmasked rows, with the gradient of hidden; nothing is synchronised.
 
-    hidden [T, C], weight [V, C] in one of fp32, fp16 and bf16, targets [T] int64. At most 256 MB beside them and dh, at
-    a vocabulary of 152,064 and any T. A target outside the vocabulary makes its row's loss and gradient nan.
+    hidden [T, C], weight [V, C] in one of fp32, fp16 and bf16, targets [T] int64. Beside them and dh at most 256 MB, at
+    a vocabulary of 152,064, and some forty bytes a token. A target outside the vocabulary makes its row's loss and
+    gradient nan.
     """
     (T, C), V = hidden.shape, len(weight)
     if weight.shape != (V, C) or targets.shape != (T,) or targets.dtype != torch.int64:

@@ -105,10 +105,10 @@ def lora_matmuls(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     x = x if x.stride(1) == 1 else x.contiguous()
     adapters = [p.a for p in projections] + [p.b for p in projections]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *adapters)):
-        return _LoRAMatmuls.apply(x, projections, *adapters)
+        return _Products.apply(x.detach(), projections, *_Lows.apply(x, projections, *adapters))
     if len(x) <= FEW_ROWS and all(p.dropout is None for p in projections):
         return tuple(_product(x, p.w, p.bias, p.a, p.b, p.scale) for p in projections)
-    return _forward(x, projections)[0]
+    return _products(x, projections, _lows(x, projections))
 
 
 def _check(x: Tensor, p: Projection) -> None:
@@ -122,22 +122,28 @@ def _check(x: Tensor, p: Projection) -> None:
         raise ValueError(f"lora_matmul: {T} rows, tokens {tuple(p.dropout.tokens.shape)} {p.dropout.tokens.dtype}")
 
 
-class _LoRAMatmuls(torch.autograd.Function):
-    """Keeps x and the [T, R] products."""
+class _Lows(torch.autograd.Function):
+    """drop(x) aᵀ of each projection, and a stand-in [T, N], without memory, for what is to be made of it.
+
+    All that backward needs is kept here: x and the [T, R] products. The gradients of the stand-ins are those of the
+    outputs.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projections: Sequence[Projection], *adapters: Tensor) -> tuple[Tensor, ...]:
-        ys, lows = _forward(x, projections)
+        lows = _lows(x, projections)
         ctx.projections = projections  # frozen weights, alive anyway
         ctx.save_for_backward(x, *lows, *adapters)
-        return ys
+        ctx.mark_non_differentiable(*lows)
+        ctx.set_materialize_grads(False)  # of the lows, which have none
+        return *lows, *(x.new_empty(1, 1).expand(len(x), len(p.w)) for p in projections)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        n = len(dys)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        n = len(ctx.projections)
         x, *kept = ctx.saved_tensors
         dx, das, dbs = None, [], []
-        for p, dy, low, a, b in zip(ctx.projections, dys, kept[:n], kept[n : 2 * n], kept[2 * n :], strict=True):
+        for p, dy, low, a, b in zip(ctx.projections, grads[n:], kept[:n], kept[n : 2 * n], kept[2 * n :], strict=True):
             dy = dy.contiguous()
             dlow = _down(dy, b.t())
             das.append(_outer(dlow, x, p.survivors_scale, p.dropout).to(a.dtype))
@@ -147,14 +153,30 @@ class _LoRAMatmuls(torch.autograd.Function):
         return dx, None, *das, *dbs
 
 
-def _forward(x: Tensor, projections: Sequence[Projection]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """-> (the outputs, drop(x) aᵀ of each). Projections that drop nothing share one pass over x for the latter."""
+class _Products(torch.autograd.Function):
+    """The outputs, in place of their stand-ins. It keeps nothing that a checkpoint would have to compute again, so
+    where these are a layer's last products, computing the layer again ends before them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projections: Sequence[Projection], *made: Tensor) -> tuple[Tensor, ...]:
+        ctx.num_lows = len(projections)
+        return _products(x, projections, made[: ctx.num_lows])
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *[None] * ctx.num_lows, *dys
+
+
+def _lows(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """drop(x) aᵀ of each. Projections that drop nothing share one pass over x."""
     if all(p.dropout is None for p in projections) and len(projections) > 1:
-        lows = list(_down(x, torch.cat([p.a for p in projections])).split([len(p.a) for p in projections], dim=-1))
-    else:
-        lows = [_down(x, p.a, p.dropout) for p in projections]
-    ys = (_product(x, p.w, p.bias, low, p.b, p.survivors_scale) for p, low in zip(projections, lows, strict=True))
-    return tuple(ys), lows
+        return list(_down(x, torch.cat([p.a for p in projections])).split([len(p.a) for p in projections], dim=-1))
+    return [_down(x, p.a, p.dropout) for p in projections]
+
+
+def _products(x: Tensor, projections: Sequence[Projection], lows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    pairs = zip(projections, lows, strict=True)
+    return tuple(_product(x, p.w, p.bias, low, p.b, p.survivors_scale) for p, low in pairs)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from isheep.model import ops
 from isheep_kernels import cpu_ops
+from isheep_kernels import lora_matmul as lora
 from isheep_kernels.lora_matmul import (
     FUSED_UP_TO,
     Dropout,
@@ -262,6 +264,27 @@ def test_projections_of_the_same_input(dropped):
 
     for ours, theirs in zip(run(True), run(False), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=2e-4)
+
+
+def test_a_checkpoint_does_not_make_its_last_product_again(monkeypatch):
+    """Two layers: the product of the first is made again, that of the second is not; gradients are as without."""
+    (x, w, bias, a, b), dy = problem(torch.float32, N=50)
+    made = []
+    count = lora._products
+    monkeypatch.setattr(lora, "_products", lambda *args: made.append(args) or count(*args))
+
+    def layers(x, w, bias, a, b):
+        return lora_matmul(lora_matmul(x, w, bias, a, b, SCALE), w, bias, a, b, SCALE)
+
+    def checkpointed(*args):
+        return checkpoint(layers, *args, use_reentrant=False)
+
+    plain = value_and_gradients(layers, x, w, bias, a, b, dy[:, :50])
+    assert len(made) == 2
+    again = value_and_gradients(checkpointed, x, w, bias, a, b, dy[:, :50])
+    assert len(made) == 2 + 3
+    for ours, theirs in zip(again, plain, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("key", [0, 1, KEY, 2**32 - 1, 2**63 - 1])
