@@ -293,7 +293,7 @@ def _attention_packed_dkdv_kernel(
             q = _load(q_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
             dy = _load(dy_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
             first = num_tokens.to(tl.int64) * head + start
-            lse = tl.load(lse_ptr + first + rows, rows < length, float("inf"))  # a row past the end weighs nothing
+            lse = tl.load(lse_ptr + first + rows, rows < length, 0.0)  # rows past the end: dy = 0, so they add nothing
             delta = tl.load(delta_ptr + first + rows, rows < length, 0.0)
             # Products that start from -delta and -lse leave those in no registers of their own.
             dp = matmul(v, dy.T, tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M]))
@@ -325,7 +325,7 @@ def _attention_packed_dq_kernel(
     q = _load(q_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
     dy = _load(dy_ptr, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)
     first = num_tokens.to(tl.int64) * head + start
-    lse = tl.load(lse_ptr + first + rows, rows < length, float("inf"))
+    lse = tl.load(lse_ptr + first + rows, rows < length, 0.0)
     delta = tl.load(delta_ptr + first + rows, rows < length, 0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in range(0, tl.minimum(m + BLOCK_M, length), BLOCK_N):
