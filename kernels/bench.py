@@ -89,6 +89,24 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=DTYPE, device=DEVICE)
 
 
+def with_backward(case: Case, trained: tuple[str, ...], flops: float, num_bytes: float) -> Case:
+    """The gradients of the inputs `trained`, made by a forward and a backward pass; the counts are of both."""
+
+    def inputs() -> Inputs:
+        given = case.inputs()
+        ys = outputs(case.ours(**given))
+        leaves = {name: given[name].requires_grad_() for name in trained}
+        return given | leaves | {f"dy{i}": torch.randn_like(y) for i, y in enumerate(ys)}
+
+    def backward(function: Function, **given: Any) -> tuple[Tensor, ...]:
+        dys = [given.pop(name) for name in sorted(given) if name.startswith("dy")]
+        return torch.autograd.grad(outputs(function(**given)), [given[name] for name in trained], dys)
+
+    rivals = {name: partial(backward, rival) for name, rival in case.rivals.items()}
+    functions = partial(backward, case.ours), partial(backward, case.reference), rivals
+    return Case(case.op, f"{case.shape} and backward", case.flops + flops, case.bytes + num_bytes, inputs, *functions)
+
+
 # ---- cases: bf16 is two bytes ----------------------------------------------------------------------------------------
 
 
@@ -103,9 +121,11 @@ def rms_norm_cases(name: str, m: Model) -> Iterator[Case]:
 
     shape = f"{name} {TRAIN}×{m.hidden}"
     compiled = {"torch.compile": _compiled(rms_norm_ref)}
-    yield Case("rms_norm", shape, 4 * size, 4 * size, partial(inputs, "x"), rms_norm, rms_norm_ref, compiled)
+    alone = Case("rms_norm", shape, 4 * size, 4 * size, partial(inputs, "x"), rms_norm, rms_norm_ref, compiled)
+    yield from (alone, with_backward(alone, ("x",), 9 * size, 6 * size))
     both, rivals = partial(inputs, "x", "residual"), {"torch.compile": _compiled(added)}
-    yield Case("rms_norm", f"{shape} + residual", 5 * size, 8 * size, both, rms_norm_add, added, rivals)
+    summed = Case("rms_norm", f"{shape} + residual", 5 * size, 8 * size, both, rms_norm_add, added, rivals)
+    yield from (summed, with_backward(summed, ("x", "residual"), 10 * size, 8 * size))
 
 
 def rope_cases(name: str, m: Model) -> Iterator[Case]:
@@ -119,7 +139,8 @@ def rope_cases(name: str, m: Model) -> Iterator[Case]:
         return rope_ref(q, cos, sin), rope_ref(k, cos, sin)
 
     shape, rivals = f"{name} {TRAIN}×({m.heads}+{m.kv_heads})×{D}", {"torch.compile": _compiled(reference)}
-    yield Case("rope", shape, 3 * size, 4 * size + 4 * TRAIN * D, inputs, rope, reference, rivals)
+    forward = Case("rope", shape, 3 * size, 4 * size + 4 * TRAIN * D, inputs, rope, reference, rivals)
+    yield from (forward, with_backward(forward, ("q", "k"), forward.flops, forward.bytes))
 
 
 def swiglu_cases(name: str, m: Model) -> Iterator[Case]:
@@ -128,7 +149,8 @@ def swiglu_cases(name: str, m: Model) -> Iterator[Case]:
     def inputs() -> Inputs:
         return {"gate": randn(TRAIN, m.inner), "up": randn(TRAIN, m.inner)}
 
-    yield Case("swiglu", f"{name} {TRAIN}×{m.inner}", 5 * size, 6 * size, inputs, swiglu, swiglu_ref, rivals)
+    forward = Case("swiglu", f"{name} {TRAIN}×{m.inner}", 5 * size, 6 * size, inputs, swiglu, swiglu_ref, rivals)
+    yield from (forward, with_backward(forward, ("gate", "up"), 10 * size, 10 * size))
 
 
 def lora_matmul_cases(name: str, m: Model) -> Iterator[Case]:
@@ -156,7 +178,12 @@ def lora_matmul_cases(name: str, m: Model) -> Iterator[Case]:
             num_bytes = 2 * (T * K + N * K + T * N) + 4 * RANK * (N + K)
             make = partial(inputs, T, K, N)
             shape = f"{name} {layer} {T}×{K}→{N} r{RANK}"
-            yield Case("lora_matmul", shape, flops, num_bytes, make, lora_matmul, lora_matmul_ref, rivals)
+            forward = Case("lora_matmul", shape, flops, num_bytes, make, lora_matmul, lora_matmul_ref, rivals)
+            yield forward
+            if T == TRAIN:  # dx, da and db: the base product again, and four of the adapter's
+                moved = 2 * (T * N + 2 * T * K + N * K) + 8 * RANK * (N + K)
+                forward = forward._replace(rivals=forms | eager)  # the base alone has no adapter to train
+                yield with_backward(forward, ("x", "a", "b"), flops + 2 * T * RANK * (N + K), moved)
 
 
 def linear_cross_entropy_cases(name: str, m: Model) -> Iterator[Case]:
@@ -203,7 +230,9 @@ def attention_packed_cases(name: str, m: Model) -> Iterator[Case]:
     for S in LENGTHS:
         flops, num_bytes = 2 * H * D * S * (S + 1), 4 * S * (H + G) * D
         shape = f"{name} {S}×({H}/{G})×{D}"
-        yield Case("attention_packed", shape, flops, num_bytes, partial(inputs, S), attention_packed, reference, rivals)
+        make, ours = partial(inputs, S), attention_packed
+        forward = Case("attention_packed", shape, flops, num_bytes, make, ours, reference, rivals)
+        yield from (forward, with_backward(forward, ("q", "k", "v"), 2.5 * flops, 2 * num_bytes))
 
 
 def attention_paged_cases(name: str, m: Model) -> Iterator[Case]:
