@@ -27,9 +27,9 @@ from isheep_kernels.variant import TYPES, Variant
 FEW_ROWS = 64  # at most this many: w streams once past them, and low is computed on the way
 FILL = 128  # programs that keep a chip busy
 # With many rows and an inner size above this, cuBLAS makes x wᵀ and a pass over y adds the rest; below, one kernel does
-# both. NOT MEASURED YET: predicted from what that pass costs, 2 · 3 · F / (2 · K · BW) of the product (12 % at K = 4096
-# on an H200), against the 7 % (sm_80) and 12 % (sm_90) by which a plain Triton product is expected to trail cuBLAS.
-FUSED_UP_TO = {80: 6144, 90: 4096}
+# both. NOT MEASURED YET: predicted from what reading and writing y once more costs of a product, 2 F / (K · BW) or 8 %
+# at K = 4096 on an H200, against the 12 % (sm_90; 7 % on sm_80) by which a plain Triton product may trail cuBLAS.
+FUSED_UP_TO = {80: 4096, 90: 2816}
 
 
 class Dropout(NamedTuple):
