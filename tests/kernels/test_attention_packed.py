@@ -56,7 +56,7 @@ def value_and_gradients(function, q, k, v, dy):
 
 # ---- Triton, in its interpreter ------------------------------------------------------------------------------------
 
-UNEVEN = (1, 37, 0, 71, 2, 0)  # no multiple of a tile, one token, nothing, nothing at the end
+UNEVEN = (1, 33, 0, 66, 2, 0)  # no multiple of a tile, one token, nothing, nothing at the end
 
 
 def kernels(lens, head_dim, deterministic=False):
@@ -80,7 +80,7 @@ def packed_problem(lens, heads, kv_heads, head_dim, dtype):
 @INTERPRETED
 @pytest.mark.parametrize("deterministic", [False, True], ids=["one_sweep", "two_sweeps"])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(1, 1, 64), (3, 1, 80), (2, 2, 96), (4, 1, 128), (1, 1, 256)]
+    ("heads", "kv_heads", "head_dim"), [(4, 1, 64), (3, 1, 80), (2, 2, 96), (1, 1, 128), (1, 1, 256)]
 )
 def test_the_triton_kernels(heads, kv_heads, head_dim, deterministic, dtype):
     problem = packed_problem(UNEVEN, heads, kv_heads, head_dim, dtype)
@@ -89,7 +89,7 @@ def test_the_triton_kernels(heads, kv_heads, head_dim, deterministic, dtype):
 
 @INTERPRETED
 def test_whole_tiles_are_not_masked_and_still_right(dtype):
-    lens = (300, 128)  # two unmasked tiles of keys and more for the last queries, and none left over
+    lens = (130, 64)  # two whole tiles of keys for the last queries, and none left over
     assert_kernel_is_as_good_as(*kernels(lens, 64), *packed_problem(lens, 1, 1, 64, dtype))
 
 
