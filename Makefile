@@ -18,7 +18,7 @@ test: venv
 	$(PY) -m pytest -q -n 2 -m "not gpu"
 
 test-gpu: venv
-	$(PY) -m pytest -q tests/gpu
+	TRITON_INTERPRET=0 $(PY) -m pytest -q tests/gpu
 
 lint: venv
 	.venv/bin/ruff check .

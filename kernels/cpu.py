@@ -61,11 +61,16 @@ def _keep_freed_memory() -> None:
     mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def only_definitions() -> bool:
+    """Whether ISHEEP_KERNELS=torch asks for torch's definitions on every device, to see what a kernel changes."""
+    return os.environ.get("ISHEEP_KERNELS") == "torch"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None on a machine without g++ or where compiling failed."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None or not shutil.which(compiler):
+    if only_definitions() or compiler is None or not shutil.which(compiler):
         return None
     made_from = [*(source.read_text() for source in SOURCES), *FLAGS, compiler, _processor()]
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]

@@ -83,11 +83,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     """Negative log-likelihood [T] (fp32) of targets under softmax(hidden weightᵀ), differentiable by hidden.
 
     hidden [T, C], weight [V, C] frozen, targets [T] int64, -100 = not counted (loss 0, no gradient). Extra memory is
-    `chunk` rows of logits, whatever T; on CUDA `fused_linear_cross_entropy` serves, and chooses its own. A target
-    outside the vocabulary raises IndexError; on CUDA, where nothing is asked of the device, its loss is nan.
+    `chunk` rows of logits, whatever T. Raises IndexError where a target is outside the vocabulary.
     """
-    if hidden.is_cuda and hidden.dtype in TYPES:
-        return fused_linear_cross_entropy(hidden, weight, targets)
     return LinearCrossEntropy.apply(hidden, weight, targets, chunk)
 
 

@@ -1,8 +1,8 @@
 """The operations of the decoder, and the one place that picks who computes them.
 
 On a CPU in fp32 and bf16, where a compiler is at hand, C++ (`isheep_kernels.cpu_ops`); on a GPU in fp32, fp16 and bf16
-Triton; elsewhere torch's definitions (`*_ref`). `backend` says which, for the run's log. Every operation has a gradient
-for what can be trained, but for those on the key/value cache.
+Triton; elsewhere, and everywhere with ISHEEP_KERNELS=torch in the environment, torch's definitions (`*_ref`). `backend`
+says which, for the run's log. Every operation has a gradient for what can be trained, but for those on the cache.
 """
 
 from collections.abc import Callable
@@ -17,16 +17,17 @@ from isheep.model.batch import PackedBatch
 from isheep_kernels import attention_packed as _packed
 from isheep_kernels import attention_paged as _paged
 from isheep_kernels import cpu, cpu_ops
+from isheep_kernels import linear_cross_entropy as _head
 from isheep_kernels import lora_matmul as _lora
 from isheep_kernels import rms_norm as _norm
 from isheep_kernels import rope as _rope
 from isheep_kernels import swiglu as _swiglu
-from isheep_kernels.linear_cross_entropy import IGNORE, linear_cross_entropy
+from isheep_kernels.linear_cross_entropy import IGNORE
 from isheep_kernels.lora_matmul import Dropout, dropout_mask
 from isheep_kernels.sampling import sample_ref
 from isheep_kernels.variant import TYPES
 
-__all__ = ["IGNORE", "Dropout", "linear_cross_entropy"]
+__all__ = ["IGNORE", "Dropout"]
 
 
 def backend(x: Tensor) -> str:
@@ -34,7 +35,7 @@ def backend(x: Tensor) -> str:
     if cpu.serves(x):
         return "cpp"
     plain = type(x) in (Tensor, Parameter)  # another kind of tensor, such as a fake one, need not have an address
-    return "triton" if plain and x.is_cuda and x.dtype in TYPES else "torch"
+    return "triton" if plain and x.is_cuda and x.dtype in TYPES and not cpu.only_definitions() else "torch"
 
 
 def _by(x: Tensor, *, cpp: Callable, triton: Callable, torch: Callable) -> Callable:
@@ -257,6 +258,21 @@ def _outer(low: Tensor, x: Tensor, dropout: Dropout | None = None) -> Tensor:
     if cpu.serves(x):
         return cpu_ops.lora_outer(low, x, dropout)
     return (low.t() @ _dropped(x, dropout)).float()
+
+
+# ---- the head ------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+    """Negative log-likelihood [T] fp32 of targets [T] int64 under softmax(hidden weightᵀ), differentiable by hidden.
+
+    hidden [T, C], weight [V, C] frozen; a target of IGNORE is not counted: loss 0, no gradient. `chunk` rows of logits
+    exist at once, on a GPU as many as fit 256 MB. A target outside the vocabulary is an IndexError; on a GPU, of which
+    nothing is asked, its loss is nan.
+    """
+    if backend(hidden) == "triton":
+        return _head.fused_linear_cross_entropy(hidden, weight, targets)
+    return _head.linear_cross_entropy(hidden, weight, targets, chunk)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
