@@ -101,11 +101,22 @@ def implied(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             for key, value, layer in found if said.get(key) == value}  # fmt: skip
 
 
+def essentials(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of some layers, what makes them what they are."""
+    found: dict[str, Any] = {}
+    for layer in layers.values():
+        for key, value in merge(RunConfig, layer).items():
+            if key in ESSENTIAL:
+                section, _, name = key.rpartition(".")
+                (found.setdefault(section, {}) if section else found)[name] = value
+    return found
+
+
 def check_implied(cfg: "RunConfig", layers: Mapping[str, Mapping[str, Any]]) -> None:
     """UserError where `cfg` has another value for what makes one of the `layers` what it is."""
     means: dict[str, tuple[str, Any]] = {}
     for source, layer in layers.items():
-        means |= {key: (source, value) for key, value in merge(RunConfig, layer).items() if key in ESSENTIAL}
+        means |= {key: (source, value) for key, value in merge(RunConfig, essentials({source: layer})).items()}
     is_now = merge(RunConfig, settings(cfg))
     for key, (source, value) in means.items():
         if is_now[key] != value:

@@ -31,6 +31,7 @@ from isheep.config import (
     check_implied,
     data_path,
     diff,
+    essentials,
     implied,
     load_config,
     merge,
@@ -212,8 +213,11 @@ def resolve(args: argparse.Namespace, default: Mapping[str, Any] | None = None, 
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     default = {"out": f"runs/{Path(args.model).name}"} | dict(default or {})
     overrides = [*args.set, *cell]
+    in_files = implied(merge(RunConfig, default, *args.config))
     layers = implied(merge(RunConfig, default, *args.config, flags, overrides=overrides))
-    cfg = load_config(RunConfig, default, *layers.values(), *args.config, flags, overrides=overrides)
+    # what a flag or a cell brings along is stronger than a file that was written for any method
+    sure = essentials({source: layer for source, layer in layers.items() if source not in in_files})
+    cfg = load_config(RunConfig, default, *layers.values(), *args.config, sure, flags, overrides=overrides)
     check_implied(cfg, layers)
     if cfg.setting == "one_last" and cfg.train.weight_decay > 0:
         raise UserError('setting = "one_last" keeps what was trained before: train.weight_decay must be 0.')

@@ -190,14 +190,11 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--set", "assess.level=none"], "no score to test"),
         (["--set", "assess.prompt=icl", "--set", "assess.level=quality"], "a score of its own"),
         (["--baseline", "dromedari"], 'Did you mean "dromedary"'),
-        (["--baseline", "dromedary"], 'baseline = "dromedary" means iterations = 1, not 2'),
-        (
-            ["--iterations", "1", "--baseline", "dromedary", "--setting", "direct"],
-            'means setting = "one_base", not "direct"',
-        ),
-        (["--iterations", "1", "--baseline", "self_instruct", "--set", "select.threshold=2"], "threshold = 0, not 2"),
-        (["--iterations", "1", "--baseline", "dromedary", "--set", "answer.method=zero_shot"], "not .zero_shot"),
-        (["--iterations", "1", "--baseline", "self_instruct", "--set", "answer.method=instances"], "not .instances"),
+        (["--baseline", "dromedary", "--iterations", "2"], 'baseline = "dromedary" means iterations = 1, not 2'),
+        (["--baseline", "dromedary", "--setting", "direct"], 'means setting = "one_base", not "direct"'),
+        (["--baseline", "self_instruct", "--set", "select.threshold=2"], "threshold = 0, not 2"),
+        (["--baseline", "dromedary", "--set", "answer.method=zero_shot"], "not .zero_shot"),
+        (["--baseline", "self_instruct", "--set", "answer.method=instances"], "not .instances"),
         (["--set", "answer.verbose=true"], "verbose must be false unless answer.method"),
         (["--set", "instruct.num_generated=1"], "num_generated must be 0 unless"),
         (["--setting", "one_last", "--set", "train.weight_decay=0.1"], "weight_decay must be 0"),
@@ -286,6 +283,18 @@ def test_a_baseline_brings_its_defaults_along_and_gives_way_to_what_is_said() ->
     cfg = resolve("--set", "baseline=dromedary", "--set", "answer.verbose=true")
     assert (cfg.iterations, cfg.alarm.max_duplicates) == (2, 1.0)
     assert resolve("--baseline", "self_instruct", "--set", "assess.level=none").scores == ()
+
+
+def test_a_flag_is_stronger_than_a_file_that_was_written_for_any_method(tmp_path: Path) -> None:
+    def resolve(text: str, *more: str) -> config.RunConfig:
+        (tmp_path / "any.toml").write_text(text)
+        return run.resolve(run.parser().parse_args(["--model", "m", "--config", str(tmp_path / "any.toml"), *more]))
+
+    cfg = resolve("iterations = 2\n[select]\nthreshold = 4\n[train]\nr = 3", "--baseline", "dromedary")
+    assert (cfg.iterations, cfg.select.threshold, cfg.train.r) == (1, 0, 3)
+    assert resolve("iterations = 2", "--setting", "direct").iterations == 1
+    with pytest.raises(UserError, match="means select.threshold = 0, not 4"):
+        resolve('baseline = "self_instruct"\n[select]\nthreshold = 4')
 
 
 def test_self_instruct_of_2022_has_its_own_numbers() -> None:
