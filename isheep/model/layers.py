@@ -4,6 +4,8 @@ Parameter names are the checkpoint's own. Base parameters are frozen; what train
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,19 @@ class Linear(nn.Module):
             a, b = pair.cast(x.dtype)  # type: ignore[operator]
             y[start:end].addmm_(x[start:end] @ a.t(), b.t())
         return y
+
+
+def project(x: Tensor, linears: Sequence[Linear], adapters: tuple[AdapterSegment, ...]) -> tuple[Tensor, ...]:
+    """Linear layers that take the same x [T, in] -> [T, out] of each.
+
+    On a GPU, where all tokens are seen through one adapter, the layers' products of x with its A are one launch.
+    """
+    name, *span = adapters[0] if len(adapters) == 1 else ("", 0, 0)
+    if span == [0, len(x)] and ops.backend(x) == "triton" and all(name in linear.lora for linear in linears):
+        pairs: list[Any] = [linear.lora[name] for linear in linears]
+        if not any(pair.num_frozen and torch.is_grad_enabled() for pair in pairs):
+            return ops.lora_linears(x, [p.projection(w.weight, w.bias, x.dtype) for p, w in zip(pairs, linears)])
+    return tuple(linear(x, adapters) for linear in linears)
 
 
 class RMSNorm(nn.Module):
@@ -106,9 +121,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos_sin: CosSin, batch: PackedBatch, kv: LayerKV | None) -> Tensor:
         """x [T, C] -> [T, C]. `kv` is this layer's cache when sampling, None in training and scoring."""
-        q, k, v = (
-            p(x, batch.adapters).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = project(x, (self.q_proj, self.k_proj, self.v_proj), batch.adapters)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = self.head_dim**-0.5
@@ -130,7 +144,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, C, config.mlp_bias)
 
     def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
-        gate, up = self.gate_proj(x, batch.adapters), self.up_proj(x, batch.adapters)
+        gate, up = project(x, (self.gate_proj, self.up_proj), batch.adapters)
         return self.down_proj(ops.swiglu(gate, up), batch.adapters)
 
 

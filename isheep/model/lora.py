@@ -19,7 +19,7 @@ from isheep.artifacts import write_atomic
 from isheep.config import UserError
 from isheep.model import ops
 from isheep.model.layers import Linear
-from isheep.model.ops import Dropout
+from isheep.model.ops import Dropout, Projection
 from isheep.model.transformer import Transformer
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -59,6 +59,12 @@ class LoRAPair(nn.Module):
         if self._cast is None or self._cast[0] != state:
             self._cast = (state, self.lora_A.detach().to(dtype), (self.lora_B.detach() * self.scaling).to(dtype))
         return self._cast[1], self._cast[2]
+
+    def projection(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Projection:
+        """The layer with this pair as the kernels take it: trained where there are gradients, else in `dtype`."""
+        if torch.is_grad_enabled():
+            return Projection(weight, bias, self.lora_A, self.lora_B, self.scaling, self.dropout)
+        return Projection(weight, bias, *self.cast(dtype), 1.0)
 
     def train_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output [T, out] for x [T, in], with gradients for x and for the ranks that are not frozen.

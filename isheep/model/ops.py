@@ -5,7 +5,7 @@ Triton; elsewhere, and everywhere with ISHEEP_KERNELS=torch in the environment, 
 says which, for the run's log. Every operation has a gradient for what can be trained, but for those on the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -23,11 +23,11 @@ from isheep_kernels import rms_norm as _norm
 from isheep_kernels import rope as _rope
 from isheep_kernels import swiglu as _swiglu
 from isheep_kernels.linear_cross_entropy import IGNORE
-from isheep_kernels.lora_matmul import Dropout, dropout_mask
+from isheep_kernels.lora_matmul import Dropout, Projection, dropout_mask
 from isheep_kernels.sampling import sample_ref
 from isheep_kernels.variant import TYPES
 
-__all__ = ["IGNORE", "Dropout"]
+__all__ = ["IGNORE", "Dropout", "Projection"]
 
 
 def backend(x: Tensor) -> str:
@@ -65,7 +65,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [T, H, D] and k [T, G, D] turned by cos, sin [T, D/2] fp32."""
+    """q [T, H, D] and k [T, G, D] turned by cos, sin [T, D/2] fp32; without gradients it may be in place."""
+    if backend(q) == "triton" and not torch.is_grad_enabled():
+        _rope.rope_(q, k, cos, sin)
+        return q, k
     return _by(q, cpp=cpu_ops.rope, triton=_rope.rope, torch=_rope_ref)(q, k, cos, sin)
 
 
@@ -158,6 +161,11 @@ def lora_linear(
     if backend(x) == "triton":
         return _lora.lora_matmul(x, weight, bias, a, b, 1.0)
     return linear(x, weight, bias, packed).addmm_(x @ a.t(), b.t())
+
+
+def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """`lora_linear`, or where there are gradients `lora_linear_train`, of layers that share x, on a GPU."""
+    return _lora.lora_matmuls(x, projections)
 
 
 def lora_linear_train(

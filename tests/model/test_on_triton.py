@@ -70,6 +70,23 @@ def test_a_training_pass(name, request):
     assert launches["_rms_norm_kernel"] == norms
 
 
+def test_a_scoring_pass_shares_what_layers_have_in_common(request):
+    model, sequences = model_on("llama_linear_rope_bias"), [*SEQUENCES, list(range(100, 110))]
+
+    def hidden():
+        with torch.no_grad():
+            return model(PackedBatch.pack(sequences, "cpu", adapter="a"))
+
+    expected = hidden()
+    launches = request.getfixturevalue("launches")
+    assert (hidden() - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # of a layer's seven: one for q, k and v, one for o, one for gate and up, one for down
+    per_layer = {"_lora_down_kernel": 4, "_lora_product_kernel": 7, "_rope_kernel": 1, "_attention_packed_kernel": 1}
+    per_layer |= {"_swiglu_kernel": 1, "_rms_norm_kernel": 2}
+    num_layers = len(model.model.layers)
+    assert launches == {name: n * num_layers + (name == "_rms_norm_kernel") for name, n in per_layer.items()}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_texts(name, request, tmp_path):
     write_tiny_tokenizer(tmp_path)
