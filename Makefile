@@ -1,6 +1,7 @@
 # make demo    the whole loop on the small real model, from a bare clone (installs .venv first; minutes)
 # make test    all tests, from a bare clone        make lint    ruff and mypy
 # make venv    .venv with everything for the tests make test-gpu   the tests that need a CUDA device
+# make compiled   every kernel for sm_80 and sm_90, ahead of time, without a GPU (minutes)
 #
 # PYTHON=... picks the interpreter (3.11 or newer). A second call reuses .venv; a changed pyproject.toml or
 # constraints.txt brings it up to date.
@@ -9,7 +10,7 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 PY := .venv/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-gpu lint venv
+.PHONY: demo test test-gpu compiled lint venv
 
 demo: .venv/demo.stamp
 	$(PY) -m isheep.run --model smollm2-135m --config configs/demo.toml --out runs/demo
@@ -19,6 +20,9 @@ test: venv
 
 test-gpu: venv
 	TRITON_INTERPRET=0 $(PY) -m pytest -q tests/gpu
+
+compiled: venv
+	$(PY) -m isheep_kernels.compiled
 
 lint: venv
 	.venv/bin/ruff check .
