@@ -10,9 +10,13 @@ does in the same run: copying, and a large product. Ratios are of neighbouring t
 
 import argparse
 import csv
+import inspect
+import random
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from itertools import accumulate, product
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -22,6 +26,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
 from isheep_kernels.attention_paged import attention_paged, attention_paged_ref
@@ -65,7 +70,9 @@ MODELS = {
     "smollm2-135m": Model(576, 1536, 9, 3, 64, 49152),
 }
 TRAIN, DECODE, RANK = 8192, 64, 16  # tokens of a training step and of a decode step; rank of an adapter
-LENGTHS, CONTEXTS = (1024, 4096), (512, 2048)  # of a packed sequence; of sequences in the cache
+LENGTHS = (1024, 4096, 8192)  # of a sequence; the definition's scores of a longer one would fill the GPU
+MIX = tuple(random.Random(0).randint(100, 2000) for _ in range(16))  # rows of instruction tuning, packed
+BATCHES, CONTEXTS = (32, 256), (512, 2048)  # sequences in the cache, and how long each is
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
 Inputs = dict[str, Any]
@@ -199,22 +206,27 @@ def linear_cross_entropy_cases(name: str, m: Model) -> Iterator[Case]:
         nll = function(hidden, weight, targets)
         return nll, *torch.autograd.grad(nll.sum(), hidden)
 
+    def products(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = hidden @ weight.t()
+        return logits @ weight if hidden.requires_grad else logits
+
     for gradient in (False, True):
         functions = fused_linear_cross_entropy, linear_cross_entropy_ref, _compiled(linear_cross_entropy_ref)
         ours, ref, compiled = (partial(with_gradient, f) if gradient else f for f in functions)
-        rivals = {"eager": ref, "torch.compile": compiled}
+        rivals = {"products alone": products, "eager": ref, "torch.compile": compiled}
         make, work = partial(inputs, gradient), (product * (1 + gradient), num_bytes + 2 * T * C * gradient)
         shape = f"{name} {T}×{C}→{V}{' with gradient' if gradient else ''}"
         yield Case("linear_cross_entropy", shape, *work, make, ours, ref, rivals)
 
 
 def attention_packed_cases(name: str, m: Model) -> Iterator[Case]:
-    """One causal sequence, which the library's kernels take too."""
+    """One causal sequence, which the library's kernels take too, and a packed mix of them."""
     H, G, D = m.heads, m.kv_heads, m.head_dim
 
-    def inputs(S: int) -> Inputs:
-        cu = torch.tensor([0, S], dtype=torch.int32, device=DEVICE)
-        return {"q": randn(S, H, D), "k": randn(S, G, D), "v": randn(S, G, D), "cu_seqlens": cu, "scale": D**-0.5}
+    def inputs(*lens: int) -> Inputs:
+        cu = torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE)
+        heads = {"q": H, "k": G, "v": G}
+        return {n: randn(sum(lens), h, D) for n, h in heads.items()} | {"cu_seqlens": cu, "scale": D**-0.5}
 
     def reference(cu_seqlens: Tensor, **rest: Any) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
@@ -227,19 +239,54 @@ def attention_packed_cases(name: str, m: Model) -> Iterator[Case]:
 
     backends = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     rivals = {rival: partial(library, backend) for rival, backend in backends.items()}
-    for S in LENGTHS:
-        flops, num_bytes = 2 * H * D * S * (S + 1), 4 * S * (H + G) * D
-        shape = f"{name} {S}×({H}/{G})×{D}"
-        make, ours = partial(inputs, S), attention_packed
-        forward = Case("attention_packed", shape, flops, num_bytes, make, ours, reference, rivals)
+    for lens, beside in (*(((S,), rivals) for S in LENGTHS), (MIX, packed_rivals(MIX))):
+        flops, num_bytes = sum(2 * H * D * S * (S + 1) for S in lens), 4 * sum(lens) * (H + G) * D
+        shape = f"{name} {sum(lens)}×({H}/{G})×{D}{f' in {len(lens)}' * (len(lens) > 1)}"
+        make, ours = partial(inputs, *lens), attention_packed
+        forward = Case("attention_packed", shape, flops, num_bytes, make, ours, reference, beside)
         yield from (forward, with_backward(forward, ("q", "k", "v"), 2.5 * flops, 2 * num_bytes))
 
 
-def attention_paged_cases(name: str, m: Model) -> Iterator[Case]:
-    """A decode step of DECODE sequences in a cache of blocks of 16."""
-    H, G, D, S, block = m.heads, m.kv_heads, m.head_dim, DECODE, 16
+def packed_rivals(lens: Sequence[int]) -> dict[str, Function]:
+    """What torch has for packed sequences, as far as this version has it."""
+    found: dict[str, Function] = {}
+    with suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
-    def inputs(length: int) -> Inputs:
+        takes_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+        def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+            groups = {"enable_gqa": True} if takes_groups else {}
+            if not takes_groups:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            ends = cu_seqlens, cu_seqlens, max(lens), max(lens)
+            return varlen_attn(q, k, v, *ends, scale=scale, window_size=(-1, 0), **groups)
+
+        found["varlen_attn"] = varlen
+    compiled, mask = _compiled(flex_attention), cache(partial(_document_mask, tuple(lens)))
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, **_: Any) -> Tensor:
+        args = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return compiled(*args, block_mask=mask(), scale=scale, enable_gqa=True)[0].transpose(0, 1)
+
+    return found | {"FlexAttention": flex}
+
+
+def _document_mask(lens: tuple[int, ...]) -> Any:
+    """A query sees the keys of its own sequence up to itself."""
+    owner = torch.arange(len(lens), device=DEVICE).repeat_interleave(torch.tensor(lens, device=DEVICE))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (owner[query] == owner[key]) & (query >= key)
+
+    return create_block_mask(sees, None, None, sum(lens), sum(lens), DEVICE)
+
+
+def attention_paged_cases(name: str, m: Model) -> Iterator[Case]:
+    """A decode step of some sequences in a cache of blocks of 16."""
+    H, G, D, block = m.heads, m.kv_heads, m.head_dim, 16
+
+    def inputs(S: int, length: int) -> Inputs:
         blocks = S * length // block
         tables = torch.randperm(blocks, device=DEVICE).int().view(S, -1)
         cu = torch.arange(S + 1, dtype=torch.int32, device=DEVICE)
@@ -248,11 +295,11 @@ def attention_paged_cases(name: str, m: Model) -> Iterator[Case]:
         lengths = {"cu_seqlens": cu, "context_lens": lens, "block_tables": tables}
         return {"q": randn(S, H, D)} | caches | lengths | {"scale": D**-0.5}
 
-    for length in CONTEXTS:
+    for S, length in product(BATCHES, CONTEXTS):
         flops, num_bytes = 4 * S * H * D * length, 4 * S * (length * G + H) * D
         ours = partial(attention_paged, max_query_len=1, max_context_len=length)
         shape, rivals = f"{name} {S} of {length}×({H}/{G})×{D}", {"gather and SDPA": attention_paged_ref}
-        make = partial(inputs, length)
+        make = partial(inputs, S, length)
         yield Case("attention_paged", shape, flops, num_bytes, make, ours, attention_paged_ref, rivals)
 
 

@@ -15,7 +15,7 @@ SMALL = Model(hidden=48, inner=80, heads=4, kv_heads=2, head_dim=16, vocabulary=
 @pytest.fixture
 def small(monkeypatch):
     """The cases on the CPU, in the interpreter, which can do fp16 but not bf16."""
-    values = {"TRAIN": 37, "DECODE": 3, "RANK": 5, "LENGTHS": (40,), "CONTEXTS": (48,)}
+    values = {"TRAIN": 37, "DECODE": 3, "RANK": 5, "LENGTHS": (40,), "MIX": (5, 30), "BATCHES": (3,), "CONTEXTS": (48,)}
     for name, value in (values | {"DEVICE": "cpu", "DTYPE": torch.float16}).items():
         monkeypatch.setattr(bench, name, value)
     torch.manual_seed(0)
