@@ -71,7 +71,7 @@ MODELS = {
 }
 TRAIN, DECODE, RANK = 8192, 64, 16  # tokens of a training step and of a decode step; rank of an adapter
 LENGTHS = (1024, 4096, 8192)  # of a sequence; the definition's scores of a longer one would fill the GPU
-MIX = tuple(random.Random(0).randint(100, 2000) for _ in range(16))  # rows of instruction tuning, packed
+MIX = tuple(random.Random(0).choices(range(100, 2001), k=16))  # lengths of rows of instruction tuning, packed
 BATCHES, CONTEXTS = (32, 256), (512, 2048)  # sequences in the cache, and how long each is
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
