@@ -99,4 +99,5 @@ def _place(cell: str, outcomes: Outcomes) -> int:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) and value % 1 else f"{value:g}"
+    """Counts and medians as they are, losses with four decimals."""
+    return "" if value is None else f"{value:.4f}" if value % 0.5 else f"{value:g}"
