@@ -40,9 +40,10 @@ def section(grid: Path) -> str:
     cells = {name: grid / name for name in json.loads((grid / "results.json").read_bytes())}
     env = json.loads((next(iter(cells.values())) / "env.json").read_bytes())
     seconds = sum(spent(folder) for folder in cells.values())
+    threads = f"{env['num_threads']} thread{'s' * (env['num_threads'] > 1)}"
     how = [
         f"    python -m isheep.run {shlex.join(env['command'][1:])}",
-        f"Commit {env['commit'][:7]}, {env['device_name']}, {env['num_threads']} threads, torch "
+        f"Commit {env['commit'][:7]}, {env['device_name']}, {threads}, torch "
         f"{env['versions']['torch']}; {seconds / 60:.0f} min in all.",
     ]
     lines = [["cell", "iter", *COLUMNS, "unread", "s"]]
