@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from isheep_kernels.lang import tl, triton
 from isheep_kernels.variant import TYPES, Variant
 
 LOG2E = tl.constexpr(math.log2(math.e))

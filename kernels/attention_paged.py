@@ -12,11 +12,10 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from isheep_kernels.attention_packed import LOG2E, Tile, attend, capability, find_tile, matmul, num_tiles
+from isheep_kernels.lang import tl, triton
 from isheep_kernels.rope import _turn_heads, rope_ref
 from isheep_kernels.variant import TYPES, Variant
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from isheep_kernels import cpu
 from isheep_kernels.attention_packed import capability
+from isheep_kernels.lang import tl, triton
 from isheep_kernels.lora_matmul import tile_place
 from isheep_kernels.variant import TYPES, Variant
 

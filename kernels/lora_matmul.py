@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from isheep_kernels.attention_packed import capability
+from isheep_kernels.lang import tl, triton
 from isheep_kernels.variant import TYPES, Variant
 
 FEW_ROWS = 64  # at most this many: w streams once past them, and low is computed on the way

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from isheep_kernels.lang import tl, triton
 from isheep_kernels.variant import TYPES, Variant
 
 HEADS = 8  # heads a program turns by the angles it has loaded

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from isheep_kernels.lang import tl, triton
 from isheep_kernels.variant import TYPES, Variant
 
 BLOCK = 2048  # elements a program: sixteen a thread

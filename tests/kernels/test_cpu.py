@@ -1,5 +1,9 @@
 """Which tensors the C++ kernels take."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,3 +23,17 @@ def test_the_definitions_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_has_no_kernel_is_left_to_torch() -> None:
     assert not any(map(cpu.serves, (torch.zeros(1).double(), torch.zeros(1).half(), torch.zeros(1, device="meta"))))
+
+
+def test_without_triton_the_model_still_runs() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from tests.tiny import tiny_model
+from isheep.model.batch import PackedBatch
+from isheep.model.ops import backend
+print(tiny_model()(PackedBatch.pack([[1, 2, 3]], "cpu")).shape, backend(torch.zeros(1).half()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout.split() == ["torch.Size([3,", "48])", "torch"], done.stderr
