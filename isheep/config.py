@@ -88,7 +88,7 @@ BASELINES: dict[str, dict[str, Any]] = {
 IMPLIED: dict[str, Mapping[Any, dict[str, Any]]] = {
     "setting": {"direct": {"iterations": 1, "instruct": {"data_size": 20_000}}},
     "baseline": BASELINES,
-    "answer.verbose": {True: {"iterations": 2, "alarm": {"max_duplicates": 1.0}}},
+    "answer.verbose": {True: {"setting": "one_base", "iterations": 2, "alarm": {"max_duplicates": 1.0}}},
 }
 # Of what is implied, these cannot be changed: it would be something else.
 ESSENTIAL = ("setting", "iterations", "instruct.method", "answer.method", "select.method", "select.threshold")
@@ -99,6 +99,28 @@ def implied(said: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     found = [(key, value, layer) for key, table in IMPLIED.items() for value, layer in table.items()]
     return {as_overrides({key: value})[0].replace("=", " = "): layer
             for key, value, layer in found if said.get(key) == value}  # fmt: skip
+
+
+def load_run(
+    *sources: Mapping[str, Any] | Path,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    cell: Sequence[str] = (),
+) -> "RunConfig":
+    """A run's settings: `sources`, then `flags`, then "key=value" overrides, then those of a recipe's cell.
+
+    What a value implies stands below all of them. What makes it what it is stands above the sources, which were written
+    for any method, if a flag, an override or a cell chose it, and above the command line if a cell did; elsewhere
+    another value is a UserError.
+    """
+    in_files = implied(merge(RunConfig, *sources))
+    layers = implied(merge(RunConfig, *sources, flags or {}, overrides=[*overrides, *cell]))
+    chosen = essentials({source: layer for source, layer in layers.items() if source not in in_files})
+    by_cell = as_overrides(essentials(implied(merge(RunConfig, overrides=cell))))
+    texts = [*overrides, *by_cell, *cell]
+    cfg = load_config(RunConfig, *layers.values(), *sources, chosen, flags or {}, overrides=texts)
+    check_implied(cfg, layers)
+    return cfg
 
 
 def essentials(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

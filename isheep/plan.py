@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from isheep.cli import run_main
-from isheep.config import DTYPES, RunConfig, UserError, did_you_mean, load_config, model_preset, model_presets
+from isheep.config import DTYPES, RunConfig, UserError, did_you_mean, load_run, model_preset, model_presets
 from isheep.model.config import ModelConfig
 from isheep.model.sizes import GIB, Memory, Sizes, parameter_shapes
 
@@ -303,7 +303,7 @@ def main() -> None:
         raise UserError(f"--gpus must be at least 1, not {args.gpus}.")
     size = _device_bytes(args.gpu)
     given = {"model": args.model, "out": "runs/plan"} | ({"dtype": args.dtype} if args.dtype else {})
-    cfg = load_config(RunConfig, *args.config, given, overrides=args.set)
+    cfg = load_run(*args.config, flags=given, overrides=args.set)
     preset = model_preset(cfg.model)
     if cfg.iterations is None:
         cfg = replace(cfg, iterations=preset.iterations if preset else 3)

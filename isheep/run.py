@@ -28,20 +28,20 @@ from isheep.cli import Opened, Parts, add_model_args, assemble, open_named, pick
 from isheep.config import (
     RunConfig,
     UserError,
-    check_implied,
     data_path,
     diff,
-    essentials,
-    implied,
     load_config,
-    merge,
+    load_run,
     model_preset,
     settings,
     to_toml,
 )
 from isheep.log import log
+from isheep.text.expected import score_tokens
+from isheep.text.prompts import LEAD_IN
 from isheep.text.seeds import load_seeds
 from isheep.text.templates import template
+from isheep.text.topics import NUM_TOPICS, TYPES
 
 if TYPE_CHECKING:
     from isheep.recipes import Recipe
@@ -111,6 +111,8 @@ def start(cfg: RunConfig, opened: Opened, others: Sequence[Path] = (), store: "S
     from isheep.session import Session
 
     cfg = replace(cfg, template=opened.template.name)
+    if cfg.scores and cfg.assess.score_decoding == "expected":
+        score_tokens(opened.tokenizer, LEAD_IN)  # whether it can be done is told before hours of sampling
     env = environment(opened)
     write_atomic(Path(cfg.out) / "config.toml", to_toml(cfg))
     write_atomic(Path(cfg.out) / "env.json", json.dumps(env, indent=1) + "\n")
@@ -212,13 +214,9 @@ def resolve(args: argparse.Namespace, default: Mapping[str, Any] | None = None, 
     names = ("model", "out", "dtype", "device", "seed", "baseline", "setting", "iterations", "seeds")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     default = {"out": f"runs/{Path(args.model).name}"} | dict(default or {})
-    overrides = [*args.set, *cell]
-    in_files = implied(merge(RunConfig, default, *args.config))
-    layers = implied(merge(RunConfig, default, *args.config, flags, overrides=overrides))
-    # what a flag or a cell brings along is stronger than a file that was written for any method
-    sure = essentials({source: layer for source, layer in layers.items() if source not in in_files})
-    cfg = load_config(RunConfig, default, *layers.values(), *args.config, sure, flags, overrides=overrides)
-    check_implied(cfg, layers)
+    cfg = load_run(default, *args.config, flags=flags, overrides=args.set, cell=cell)
+    if cfg.baseline == "dromedary_iter1" and not cfg.scores:
+        raise UserError('baseline = "dromedary_iter1" rates its answers; without that it is "self_instruct".')
     if cfg.setting == "one_last" and cfg.train.weight_decay > 0:
         raise UserError('setting = "one_last" keeps what was trained before: train.weight_decay must be 0.')
     if cfg.patience is not None and cfg.train.val_share == 0:
@@ -227,11 +225,10 @@ def resolve(args: argparse.Namespace, default: Mapping[str, Any] | None = None, 
     if select.method != "threshold" and not cfg.measure.enabled:
         needed = "vectors" if select.clusters else "perplexities"
         raise UserError(f'select.method = "{select.method}" needs {needed}: set measure.enabled = true.')
-    if select.clusters and select.num_clusters > cfg.instruct.data_size:
-        raise UserError(
-            f"instruct.data_size = {cfg.instruct.data_size} cannot fill select.num_clusters = {select.num_clusters}: "
-            "lower the latter, or raise the former."
-        )
+    size, topics = cfg.instruct.data_size, cfg.instruct.method == "topics" and len(TYPES) * NUM_TOPICS
+    if select.clusters and select.num_clusters > (min(size, topics) if topics else size):
+        few = f'instruct.method = "topics", with {topics} at most,' if topics else f"instruct.data_size = {size}"
+        raise UserError(f"{few} cannot fill select.num_clusters = {select.num_clusters}: lower the latter.")
     if cfg.paper_joins and cfg.template is not None and template(cfg.template).joint != "\n":
         raise UserError(
             f'paper_joins is about a line break between instruction and input, which template = "{cfg.template}" does '

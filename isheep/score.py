@@ -230,9 +230,13 @@ class VectorFile:
         with writes_to(self.part), self.part.open("ab") as file:
             file.write(vectors.numpy().tobytes())
 
-    def save(self) -> None:
-        """All rows as one safetensors file; remove `part_of` it once nothing needs them a second time."""
+    def save(self, order: Sequence[int] | None = None) -> None:
+        """All rows as one safetensors file; remove `part_of` it once nothing needs them a second time.
+
+        `order`: where each row of the file is among those that were appended; None: as they are.
+        """
         stored = torch.from_numpy(np.fromfile(self.part, dtype=np.float32)).reshape(-1, *self.shape)
+        stored = stored if order is None else stored[list(order)]
         write_atomic(self.path, save({name: stored[:, i].contiguous() for i, name in enumerate(POOLINGS)}))
 
 

@@ -190,6 +190,15 @@ def test_a_folder_of_another_configuration_is_refused_by_key(
         (["--set", "assess.level=none"], "no score to test"),
         (["--set", "assess.prompt=icl", "--set", "assess.level=quality"], "a score of its own"),
         (["--baseline", "dromedari"], 'Did you mean "dromedary"'),
+        (["--baseline", "dromedary_iter1", "--set", "select.threshold=0"], 'without that it is "self_instruct"'),
+        (
+            ["--baseline", "dromedary", "--set", "answer.verbose=true", "--setting", "direct"],
+            'means setting = "one_base", not "direct"',
+        ),
+        (
+            ["--set", "instruct.method=topics", "--set", "instruct.data_size=9999", "--set", "select.method=density"],
+            r'instruct\.method = "topics", with 200 at most, cannot fill select\.num_clusters = 3000',
+        ),
         (["--baseline", "dromedary", "--iterations", "2"], 'baseline = "dromedary" means iterations = 1, not 2'),
         (["--baseline", "dromedary", "--setting", "direct"], 'means setting = "one_base", not "direct"'),
         (["--baseline", "self_instruct", "--set", "select.threshold=2"], "threshold = 0, not 2"),
@@ -295,6 +304,12 @@ def test_a_flag_is_stronger_than_a_file_that_was_written_for_any_method(tmp_path
     assert resolve("iterations = 2", "--setting", "direct").iterations == 1
     with pytest.raises(UserError, match="means select.threshold = 0, not 4"):
         resolve('baseline = "self_instruct"\n[select]\nthreshold = 4')
+
+
+def test_a_cell_is_stronger_than_the_command_line_and_what_is_said_than_what_is_implied() -> None:
+    args = run.parser().parse_args(["--model", "m", "--iterations", "2", "--set", "select.threshold=6"])
+    cfg = run.resolve(args, {"train": {"batch_size": 16}}, ['baseline="dromedary"'])
+    assert (cfg.iterations, cfg.select.threshold, cfg.train.batch_size, cfg.train.r) == (1, 0, 16, 16)
 
 
 def test_self_instruct_of_2022_has_its_own_numbers() -> None:

@@ -121,6 +121,7 @@ def peft(args: argparse.Namespace, tuned: bool = False) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-5, weight_decay=0.0)
     batch = packed(rows(args), args.prompt_len) if tuned else padded(rows(args), args.prompt_len)
+    num_tokens = sum(map(len, rows(args)))
     batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
     forward = torch.compile(model) if tuned else model
     attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if tuned and args.device == "cuda" else nullcontext()
@@ -131,7 +132,7 @@ def peft(args: argparse.Namespace, tuned: bool = False) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return Round(sum(map(len, rows(args))), loss.item())
+        return Round(num_tokens, loss.item())
 
     with attention:
         serve(play, args.device)
@@ -153,7 +154,7 @@ def packed(rows: list[list[int]], prompt_len: int) -> dict[str, Any]:
     """All rows as one, told apart by their positions; a row's first token is nobody's label."""
     import torch
 
-    labels = [[-100] * max(1, prompt_len) + ids[max(1, prompt_len) :] for ids in rows]
+    labels = [[-100] * min(len(ids), max(1, prompt_len)) + ids[max(1, prompt_len) :] for ids in rows]
     return {
         "input_ids": torch.cat([torch.tensor(ids) for ids in rows])[None],
         "labels": torch.cat([torch.tensor(ids) for ids in labels])[None],

@@ -43,7 +43,7 @@ def section(grid: Path) -> str:
     threads = f"{env['num_threads']} thread{'s' * (env['num_threads'] > 1)}"
     how = [
         f"    python -m isheep.run {shlex.join(env['command'][1:])}",
-        f"Commit {env['commit'][:7]}, {env['device_name']}, {threads}, torch "
+        f"Commit {(env['commit'] or 'unknown')[:7]}, {env['device_name']}, {threads}, torch "
         f"{env['versions']['torch']}; {seconds / 60:.0f} min in all.",
     ]
     lines = [["cell", "iter", *COLUMNS, "unread", "s"]]
@@ -54,7 +54,10 @@ def section(grid: Path) -> str:
 
 def row(cell: str, folder: Path) -> list[str]:
     """One iteration. `unread` is how many ratings of each question were no score, of those asked."""
-    found = {stage: stage_counts(folder, stage) for stage in ("instruct", "answer", "assess", "select", "train")}
+    stages = ["instruct", "answer", "assess", "select", "train"]
+    if not (folder / "dataset.json").exists():  # none was left: the cell failed
+        stages.remove("select")
+    found = {stage: stage_counts(folder, stage) if stage in stages else {} for stage in (*stages, "select")}
     values = [found[stage].get(key) for stage, key in COLUMNS.values()]
     asked = {key.removeprefix("asked for "): n for key, n in found["assess"].items() if key.startswith("asked for ")}
     unread = ", ".join(f"{found['assess'][f'no {question} score read']} of {n}" for question, n in asked.items())

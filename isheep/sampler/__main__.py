@@ -23,7 +23,9 @@ from isheep.log import Progress, log
 from isheep.sampler.request import Request, SamplingParams
 
 PARAMS = {field.name: field for field in dataclasses.fields(SamplingParams)}
-LISTS = ("stop", "stop_token_ids", "allowed_token_ids")
+LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "logprob_token_ids")
+SWITCHES = {"ignore_eos": "go on to max_tokens", "pool": "return mean and last hidden state too"}
+COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "num_prompt_logprobs")
 BASE = "base"  # as a row's adapter: none of the loaded ones
 
 
@@ -38,13 +40,13 @@ def parser() -> argparse.ArgumentParser:
     for name, field in PARAMS.items():
         flag = "--" + name.replace("_", "-")
         default = f"default {field.default!r}"
-        if name == "ignore_eos":
-            p.add_argument(flag, action="store_true", help="go on to max_tokens")
+        if name in SWITCHES:
+            p.add_argument(flag, action="store_true", help=SWITCHES[name])
         elif name == "stop":
             p.add_argument(flag, action="append", default=[], help="a text that ends a completion; may be repeated")
         elif name in LISTS:
             p.add_argument(flag, type=int, nargs="+", default=field.default, help="token ids")
-        elif name in ("n", "top_k", "max_tokens", "min_tokens", "logprobs"):
+        elif name in COUNTS:
             p.add_argument(flag, type=int, default=field.default, help=default)
         elif name != "seed":  # --seed is the run's
             p.add_argument(flag, type=float, default=field.default, help=default)

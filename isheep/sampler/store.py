@@ -7,7 +7,7 @@ of the same, more instructions or ratings of more pairs, samples only what is ne
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from hashlib import sha256
 from itertools import chain
@@ -36,7 +36,7 @@ class Store:
         def fresh() -> Iterator[Request]:
             for request in requests:
                 key = _key(request, seed, adapter_of)
-                if key in self._journal.done:
+                if key in self._journal.done:  # never one that asks for vectors, see below
                     known.append(Completion(**self._journal.done[key][0]))
                 else:
                     keys[request.id] = key
@@ -48,8 +48,8 @@ class Store:
         if first is not None:
             with closing(sample(chain([first], new))) as completions:  # type: ignore[type-var]
                 for completion in completions:
-                    kept = replace(completion, vectors=None)  # kilobytes of text each, and cheap to have again
-                    self._journal.append(keys.pop(completion.id), [kept.to_json()])
+                    if completion.vectors is None:  # they are kilobytes of text each
+                        self._journal.append(keys.pop(completion.id), [completion.to_json()])
                     yield completion
                     yield from _drain(known)
         yield from _drain(known)

@@ -43,9 +43,9 @@ def answer(
     writes  answers.jsonl   {id, instruction, input, output, finish_reason, num_output_tokens, verdict, reason}, in the
                             order of the instructions. An instruction too long for the model's context has no output.
                             Of the method "instances" also is_classification, and the input is found with the output;
-                            of "principles" also thoughts. `caught` {vector, output_ppl, ...} where measures are
-                            caught, null where those of an answer were not
-            caught.safetensors  what was caught of vectors, each at its `vector`: mean and last, each [N, C] float32
+                            of "principles" also thoughts. `caught` {output_ppl, ...} where measures are caught,
+                            null where those of an answer were not
+            caught.safetensors  vectors of the rows that were caught, in their order: mean and last, each [N, C] float32
             classes.jsonl   of the method "instances", see `instances`
     """
     file = it.file("instructions.jsonl")
@@ -67,7 +67,7 @@ def answer(
                 requests = _requests(it, tokenizer, rows, method, journal, catch)
                 sample(stream, requests, journal, lambda c: _pair(rows[c.id], c, method, catch), bar)
             if catch is not None:
-                catch.save()
+                catch.save(rows)
             journal.seal(rows)
     part_of(vectors).unlink(missing_ok=True)
 

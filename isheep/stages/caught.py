@@ -4,6 +4,7 @@ They are of the tokens that the model saw: the output given its prompt, and the 
 with prompts gives the same, and measures what was not caught.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +18,18 @@ MEASURES = ("output_ppl", "pair_ppl", "num_output_tokens", "num_pair_tokens")
 
 
 class Catch:
-    """Catches what is journaled in `journal`. Vectors, of `width` numbers, go to `path` as the answers come."""
+    """Catches what is journaled in `journal`, a row a key. Vectors of `width` numbers go to `path`."""
 
     def __init__(self, path: Path, width: int, journal: Journal, tokenizer: Tokenizer) -> None:
-        self._num = sum(row["caught"] is not None for rows in journal.done.values() for row in rows)
-        self._vectors = VectorFile(path, width, self._num)
-        self._tokenizer = tokenizer
+        self._journal, self._tokenizer = journal, tokenizer
+        self._vectors = VectorFile(path, width, len(self._arrived()))
 
     def asks(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """`params`, asking for log-probabilities and vectors too."""
         return replace(params, logprobs=0, num_prompt_logprobs=num_prompt_tokens - 1, pool=True)
 
     def of(self, completion: Completion) -> Row | None:
-        """The measures of an answer and the place of its vectors; call it right before the answer is journaled.
+        """The measures of an answer, whose vectors are kept; call it right before the answer is journaled.
 
         None where they are not those of its text: it was cut within its tokens, or another run has sampled it.
         """
@@ -39,18 +39,21 @@ class Catch:
         output = [entry["logprob"] for entry in (completion.logprobs or [])[: len(ids)]]
         pair = [entry["logprob"] for entry in completion.prompt_logprobs or []] + output
         self._vectors.append(completion.vectors[None])
-        self._num += 1
         return {
-            "vector": self._num - 1,
             "output_ppl": _perplexity(output),
             "pair_ppl": _perplexity(pair),
             "num_output_tokens": len(output),
             "num_pair_tokens": completion.num_prompt_tokens + len(output),
         }
 
-    def save(self) -> None:
-        """All answers are journaled."""
-        self._vectors.save()
+    def save(self, order: Iterable[str]) -> None:
+        """All answers are journaled, and will be sealed in this order of their keys: the vectors too."""
+        place = {key: i for i, key in enumerate(self._arrived())}
+        self._vectors.save([place[key] for key in order if key in place])
+
+    def _arrived(self) -> list[str]:
+        """The keys of what was caught, as it came."""
+        return [key for key, (row,) in self._journal.done.items() if row["caught"] is not None]
 
 
 def _perplexity(logprobs: list[float]) -> float | None:

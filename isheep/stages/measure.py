@@ -9,7 +9,7 @@ from isheep.log import Progress
 from isheep.mesh import ALONE, Mesh
 from isheep.model.transformer import Transformer
 from isheep.score import POOLINGS, VectorFile, part_of, score_rows
-from isheep.stages import Iteration, Row, kept, read_sealed
+from isheep.stages import KEPT, Iteration, Row, kept, read_sealed
 from isheep.stages.caught import MEASURES
 from isheep.text.tokenizer import Tokenizer
 
@@ -32,10 +32,11 @@ def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: Measur
         inputs["caught"] = it.file("caught.safetensors")
     with it.journal("measures.jsonl", what, inputs, [vectors.name]) as journal:
         if not journal.sealed:
-            rows = kept(read_sealed(inputs["answers"]))
+            answers = read_sealed(inputs["answers"])
+            rows = kept(answers)
             store = VectorFile(vectors, model.config.hidden_size, sum(len(done) for done in journal.done.values()))
             if cfg.catches:
-                _take_caught(it, [row for row in rows if row["caught"]], store, journal)
+                _take_caught(it, [row for row in answers if row["caught"]], store, journal)
             _score(it, model, tokenizer, cfg, mesh, [row for row in rows if not row.get("caught")], store, journal)
             store.save()
             journal.seal(sorted(journal.done, key=lambda key: -1 if key == CAUGHT else int(key)))
@@ -43,13 +44,14 @@ def measure(it: Iteration, model: Transformer, tokenizer: Tokenizer, cfg: Measur
 
 
 def _take_caught(it: Iteration, rows: list[Row], store: VectorFile, journal: Journal) -> None:
-    """What generation has shown."""
-    if not rows or CAUGHT in journal.done:
+    """What generation has shown, of the rows that passed the rules."""
+    places = [i for i, row in enumerate(rows) if row["verdict"] == KEPT]
+    if not places or CAUGHT in journal.done:
         return
-    places = [row["caught"]["vector"] for row in rows]
     with safe_open(it.file("caught.safetensors"), "pt") as file:
         store.append(torch.stack([file.get_tensor(name)[places] for name in POOLINGS], dim=1))
-    journal.append(CAUGHT, [{"id": row["id"]} | {name: row["caught"][name] for name in MEASURES} for row in rows])
+    taken = [rows[i] for i in places]
+    journal.append(CAUGHT, [{"id": row["id"]} | {name: row["caught"][name] for name in MEASURES} for row in taken])
 
 
 def _score(

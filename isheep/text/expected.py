@@ -7,6 +7,7 @@ Where the string of one begins another's, as "1" does "10", it counts as far as 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from isheep.config import UserError
 from isheep.text.tokenizer import Tokenizer
@@ -59,14 +60,13 @@ def score_tokens(tokenizer: Tokenizer, lead_in: str) -> ScoreTokens:
     """How scores are written after `lead_in`; UserError where that cannot be told from single passes."""
     before = tokenizer.encode(lead_in)
     written = {score: tuple(tokenizer.encode(f"{lead_in} {score}")) for score in SCORES}
-    num_same = 0
-    while len({tokens[: num_same + 1] for tokens in written.values()}) == 1:
-        num_same += 1
-    blank = next(iter(written.values()))[len(before) : num_same]
+    num_same = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*written.values()))))
+    goes_on = all(list(tokens[: len(before)]) == before for tokens in written.values())
+    blank = written[1][len(before) : num_same]
     tails = {score: tokens[num_same:] for score, tokens in written.items()}
     stem = max(tails.values(), key=len)[:-1]
     on_one_path = all(tail and stem[: len(tail) - 1] == tail[:-1] for tail in tails.values())
-    if num_same < len(before) or not on_one_path:
+    if not goes_on or not on_one_path:
         raise UserError(
             'assess.score_decoding = "expected" needs a tokenizer that writes the numbers 1 to 10 one after the other '
             'behind a text, which this one does not: choose "sampled" or "greedy".'

@@ -207,10 +207,16 @@ def test_an_answer_cut_within_its_tokens_is_not_caught(
         catch = Catch(it.file("caught.safetensors"), 48, journal, tokenizer)
         params = catch.asks(SamplingParams(max_tokens=20, stop=("e",), ignore_eos=True, temperature=0.5), 4)
         requests = [Request(f"r{i}", (1, 2, 3, 4 + i), params) for i in range(40)]
-        found = [(catch.of(completion), completion) for completion in tiny_sampler(model, tokenizer).stream(requests)]
+        found = []
+        for completion in tiny_sampler(model, tokenizer).stream(requests):
+            found.append((catch.of(completion), completion))
+            journal.append(completion.id, [{"caught": found[-1][0]}])
+        catch.save([request.id for request in requests])
     inside = [row for row, c in found if tokenizer.decode(c.token_ids[:-1]) != c.text and c.finish_reason == "stop"]
     assert len(inside) > 2 and inside == [None] * len(inside)
-    assert [row["vector"] for row, _ in found if row] == list(range(len(found) - len(inside)))
+    vectors, of = load_file(it.file("caught.safetensors")), {c.id: c.vectors for row, c in found if row}
+    expected = torch.stack([of[request.id] for request in requests if request.id in of])
+    assert torch.equal(torch.stack([vectors["mean"], vectors["last"]], dim=1), expected)
 
 
 def test_catching_stopped_anywhere_ends_in_the_same_measures(
@@ -226,5 +232,6 @@ def test_catching_stopped_anywhere_ends_in_the_same_measures(
         answered(it, tokenizer, tiny_sampler(model, tokenizer).stream)
         measure_stage(it, model, tokenizer, PROMPT)
         assert not list(it.folder.glob("*.part"))
+        assert list(measures(it)) == list(expected)
         for key, got in measures(it).items():
             assert_same_measures(got, expected[key])
