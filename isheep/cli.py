@@ -119,6 +119,8 @@ def _open(name: str, dtype: str, device: str, template: str | None, mesh: "Mesh"
     where = pick_device(device)
     if mesh.size > 1 and where.type == "cuda":
         where = torch.device("cuda", torch.cuda.current_device())  # the rank's own
+    if where.index is not None:
+        torch.cuda.set_device(where)  # where Triton launches, whatever device its tensors are on
     preset = model_preset(name)
     tokenizer = load_tokenizer(resolve(name))
     chosen = _template(template, preset, tokenizer)

@@ -14,6 +14,7 @@ found on the device from cu_seqlens: no launch waits for lengths, none is compil
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -135,9 +136,12 @@ def dq_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
 
 def capability(x: Tensor) -> int:
     """80 for sm_80 and so on. Triton's interpreter, which runs on CPU tensors, takes Ampere's tiles."""
-    if not x.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
+    return _capability(x.device) if x.is_cuda else 80
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

@@ -8,6 +8,7 @@ whose results a second kernel joins.
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from itertools import product
 
 import torch
@@ -159,7 +160,12 @@ def choose_splits(programs: int, max_context_len: int, slots: int) -> int:
 
 def _slots(x: Tensor) -> int:
     """Programs that run at a time: two a multiprocessor. In the interpreter, one."""
-    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return _gpu_slots(x.device) if x.is_cuda else 1
+
+
+@cache
+def _gpu_slots(device: torch.device) -> int:
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def paged_tile(head_dim: int, group: int, dtype: torch.dtype, decode: bool, capability: int) -> Tile:

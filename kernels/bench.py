@@ -343,8 +343,9 @@ def is_right(case: Case, inputs: Inputs) -> bool:
 
 
 def gpu_seconds(function: Callable[[], Any]) -> float:
-    """One call on a cold cache."""
+    """One call on a cold cache. The GPU is busy before, so that launches are queued and their work alone is timed."""
     torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE).zero_()
+    torch.cuda._sleep(2_000_000)  # cycles, about a millisecond
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -177,7 +177,7 @@ def _wide_tile(dtype: torch.dtype, chip: int) -> dict[str, int]:
 NLL_LAUNCH = {"BLOCK": 4096, "num_warps": 8, "num_stages": 2}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "size"])
 def _logits_kernel(
     hidden, weight, targets, rows, count, start, logits, peaks, sums, picked, size, V, C,
     STORE: tl.constexpr, EVEN_K: tl.constexpr,
@@ -224,7 +224,7 @@ def _logits_kernel(
     tl.store(sums + at, tl.sum(tl.exp(total - peak[:, None]), 1), is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start"])
 def _nll_kernel(
     logits, peaks, sums, picked, targets, rows, count, start, nll, V, tiles,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -260,7 +260,7 @@ def _nll_kernel(
             tl.store(logits + local * V + column, change, column < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "size"])
 def _by_hidden_kernel(
     change, weight, rows, count, start, by_hidden, size, V, C,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

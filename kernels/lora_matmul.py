@@ -285,6 +285,7 @@ def _product_launch(T: int, K: int, R: int, dtype: torch.dtype, chip: int, maske
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
+DRAWS = "key_low", "key_high", "threshold"  # numbers that no kernel is compiled anew for; nor for how many rows
 GROUP = tl.constexpr(8)  # rows of tiles that are walked side by side, so that their tiles of w come from the cache
 
 
@@ -330,7 +331,7 @@ def _low_tile(low, rows, num_rows, R, splits, split_stride, row_stride, BLOCK_R:
     return total
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])
+@triton.jit(do_not_specialize=["T", *DRAWS])
 def _lora_down_kernel(
     x, a, low, T, K, R, chunk, x_stride, a_stride_r, a_stride_k, tokens, key_low, key_high, threshold,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -352,7 +353,7 @@ def _lora_down_kernel(
     tl.store(low + (split * T + rows)[:, None] * R + r[None, :], total, inside)
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])
+@triton.jit(do_not_specialize=["T", "low_stride_s", *DRAWS])
 def _lora_outer_kernel(
     low, x, out, T, K, R, splits, chunk, scale, low_stride_s, low_stride_t, x_stride,
     tokens, key_low, key_high, threshold,
@@ -374,7 +375,7 @@ def _lora_outer_kernel(
     tl.store(out + at, total * scale, (r < R)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high", "threshold"])
+@triton.jit(do_not_specialize=["T", "low_stride_0", *DRAWS])
 def _lora_product_kernel(
     x, w, bias, low, b, y, T, N, K, R, splits, scale,
     x_stride, w_stride_n, w_stride_k, low_stride_0, low_stride_1, b_stride_n, b_stride_r,

@@ -80,7 +80,7 @@ def _tile(C: int) -> tuple[dict[str, int], int]:
     return {"BLOCK_C": block, "ROWS": max(1, 1024 // block)}, min(max(block // 512, 4), 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x, residual, weight, y, total, num_rows, C, eps, ADD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
@@ -97,7 +97,7 @@ def _rms_norm_kernel(
     tl.store(y + at, h.to(x.dtype.element_ty).to(tl.float32) * w, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_backward_kernel(
     dy, dtotal, weight, dx, total, num_rows, C, eps, ADD: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip

@@ -247,7 +247,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> Tensor:
         return torch.cat([Flash.apply(q, k, v)])  # packed, as the reference does with its sequences
 
-    monkeypatch.setattr(ops, "attention_packed_ref", attention)
+    monkeypatch.setattr("isheep_kernels.attention_packed.attention_packed_ref", attention)
 
 
 SHAPES = {

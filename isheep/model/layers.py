@@ -81,6 +81,9 @@ class Rotary(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.base, self.head_dim, self.scaling = config.rope_theta, config.head_dim, config.rope_scaling or {}
+        self._on: dict[
+            torch.device, Tensor
+        ] = {}  # the frequencies, once on each device: a copy there would wait for it
 
     def frequencies(self) -> Tensor:
         """[D/2] fp32, radians a position. Llama-3.1 slows the slow ones by `factor` and blends in between."""
@@ -96,7 +99,10 @@ class Rotary(nn.Module):
         return freq
 
     def forward(self, positions: Tensor) -> CosSin:
-        angles = positions[:, None].float() * self.frequencies().to(positions.device)
+        if positions.device not in self._on:
+            with torch.inference_mode(False):
+                self._on[positions.device] = self.frequencies().to(positions.device)
+        angles = positions[:, None].float() * self._on[positions.device]
         return angles.cos(), angles.sin()
 
 

@@ -57,7 +57,8 @@ class LoRAPair(nn.Module):
         """A and scaling · B in the compute dtype, remade when the trainer has written to either."""
         state = (self.lora_A._version, self.lora_B._version, dtype)
         if self._cast is None or self._cast[0] != state:
-            self._cast = (state, self.lora_A.detach().to(dtype), (self.lora_B.detach() * self.scaling).to(dtype))
+            with torch.inference_mode(False):  # made while sampling, they may be saved for a backward pass later
+                self._cast = (state, self.lora_A.detach().to(dtype), (self.lora_B.detach() * self.scaling).to(dtype))
         return self._cast[1], self._cast[2]
 
     def projection(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Projection:

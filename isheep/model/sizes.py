@@ -260,12 +260,12 @@ class Sizes:
         return Term("at work", rows * row + tokens * token, how)
 
     def _layer_forward(self) -> Term:
-        """The widest of the MLP (gate, up, silu, product), rope (queries in fp32, thrice) and a norm's fp32 copies."""
+        """The widest of the MLP (gate, up, silu, product), rope (queries in fp32, thrice) and a sum's norm in fp32."""
         c, b, tokens = self.local, self.itemsize, self.cfg.sampler.max_num_batched_tokens
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         mlp = c.hidden_size * 3 * b + c.intermediate_size * 4 * b
         rope = c.hidden_size * 2 * b + c.head_dim * (heads * (2 * b + 12) + kv_heads * 2 * b)
-        token = max(mlp, rope, c.hidden_size * (2 * b + 8))
+        token = max(mlp, rope, c.hidden_size * (3 * b + 8))
         return Term("at work", tokens * token, f"{tokens:,} tokens × {token:,} B of one layer")
 
     def _draw(self) -> Term:

@@ -302,6 +302,7 @@ def num_cache_blocks(model: Transformer, cfg: SamplerConfig) -> int:
     if cfg.kv_cache_gib is not None:
         limit = int(cfg.kv_cache_gib * 2**30)
     elif model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of an earlier cache counts as used otherwise
         limit = int(0.9 * torch.cuda.mem_get_info(model.device)[0])
     else:
         limit = _free_memory() // 2 // ranks.local_world_size()
