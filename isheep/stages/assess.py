@@ -24,8 +24,8 @@ def assess(it: Iteration, stream: Stream, tokenizer: Tokenizer, threshold: float
 
     reads   answers.jsonl
     writes  replies.jsonl   {id, question, score, reply, finish_reason, num_output_tokens}, by question; where scores
-                            are expected ones {id, question, score, mass, shares}: how probable any score was, and the
-                            share of each
+                            are expected ones {id, question, score, mass, shares}: how probable the strings of all
+                            scores were, and the share of each
             scores.jsonl    {id, quality_score, following_score}; null where nothing was asked or no score could be read
             both in the order of the answers
     """

@@ -1,7 +1,8 @@
 """The score that a model would give on average, from its probabilities alone: nothing is drawn and nothing is parsed.
 
 After the lead-in "… my score is:" each of the numbers 1 to 10 has a probability, that of its whole string of tokens.
-Where the string of one begins another's, as "1" does "10", it counts as far as the other does not follow.
+Where the string of one begins another's, as "1" does "10", it counts as far as the other does not follow. That a number
+goes on beyond them, as in 95 or 100, is not seen: each would take a pass of its own, and all of them come from one.
 """
 
 import math
@@ -34,7 +35,7 @@ class ScoreTokens:
         return tuple(sorted({token for tail in self.tails.values() for token in tail}))
 
     def read(self, logprobs: Sequence[Sequence[float]]) -> tuple[float, float, list[float]]:
-        """-> the expected score, the probability that there is a score at all, and that of each score given one.
+        """-> the expected score, the probability that a score's string comes next, and that of each score given one.
 
         logprobs [len(stem) + 1][len(token_ids)] are those of `token_ids` after the blank and each token of the stem.
         """
