@@ -21,7 +21,6 @@ from isheep import plan as plan_module
 from isheep.cli import run_main
 from isheep.config import RunConfig, UserError, load_config, model_preset, model_presets
 from isheep.mesh import Mesh
-from isheep.model import ops
 from isheep.model.batch import PackedBatch
 from isheep.model.config import ModelConfig
 from isheep.model.lora import LoRAConfig, attach

@@ -302,7 +302,7 @@ def test_a_flag_is_stronger_than_a_file_that_was_written_for_any_method(tmp_path
     cfg = resolve("iterations = 2\n[select]\nthreshold = 4\n[train]\nr = 3", "--baseline", "dromedary")
     assert (cfg.iterations, cfg.select.threshold, cfg.train.r) == (1, 0, 3)
     assert resolve("iterations = 2", "--setting", "direct").iterations == 1
-    with pytest.raises(UserError, match="means select.threshold = 0, not 4"):
+    with pytest.raises(UserError, match=r"means select\.threshold = 0, not 4"):
         resolve('baseline = "self_instruct"\n[select]\nthreshold = 4')
 
 
