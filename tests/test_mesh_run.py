@@ -93,7 +93,10 @@ def test_a_rank_that_fails_in_any_stage_ends_all_and_the_run_goes_on(
             took_s = time.monotonic() - started
         told = [row for row in err.splitlines() if "rank 1" in row]
         assert process.returncode == 3 and len(told) == 1 and "Traceback" not in err, err
-        assert re.search(rf"rank 1 on {re.escape(platform.node())} .*in stage {stage} of iteration 1", told[0]), told
+        reached = "|".join(STAGES[STAGES.index(stage) :])  # a run may be faster than the signal
+        assert re.search(rf"rank 1 on {re.escape(platform.node())} .*in stage ({reached}) of iteration 1", told[0]), (
+            told
+        )
         assert "the same command resumes" in told[0]
         assert took_s < 30, "3 s of silence, and the time to end on a busy machine"
     done = run(line)
@@ -168,4 +171,6 @@ def test_every_command_takes_the_flags(given: Path, tmp_path: Path, module: str,
         file = tmp_path / out / "train_log.jsonl" if module == "train" else tmp_path / out
         found.append(sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row.get("id", "")))
     for row, other in zip(*found, strict=True):
+        for each in (row, other):
+            each.pop("num_cached_tokens", None)  # who has computed a shared prefix before is a matter of batches
         assert_same_row(row, other)
