@@ -31,7 +31,7 @@ class Catch:
     def of(self, completion: Completion) -> Row | None:
         """The measures of an answer, whose vectors are kept; call it right before the answer is journaled.
 
-        None where they are not those of its text: it was cut within its tokens, or another run has sampled it.
+        None where they are not those of its text, which was cut within its tokens, or where there are no vectors.
         """
         ids = completion.token_ids[:-1] if completion.finish_reason == "stop" else completion.token_ids
         if completion.vectors is None or self._tokenizer.decode(ids) != completion.text:
