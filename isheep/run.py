@@ -37,8 +37,6 @@ from isheep.config import (
     to_toml,
 )
 from isheep.log import log
-from isheep.text.expected import score_tokens
-from isheep.text.prompts import LEAD_IN
 from isheep.text.seeds import load_seeds
 from isheep.text.templates import template
 from isheep.text.topics import NUM_TOPICS, TYPES
@@ -109,6 +107,8 @@ def seed_file(cfg: RunConfig) -> Path:
 def start(cfg: RunConfig, opened: Opened, others: Sequence[Path] = (), store: "Store | None" = None) -> "Session":
     """The run, with its settings and its plan written down; `others` and `store`: see `Session`."""
     from isheep.session import Session
+    from isheep.text.expected import score_tokens
+    from isheep.text.prompts import LEAD_IN
 
     cfg = replace(cfg, template=opened.template.name)
     if cfg.scores and cfg.assess.score_decoding == "expected":

@@ -18,7 +18,7 @@ from isheep.config import UserError, data_path
 from isheep.grid import report
 from isheep.recipes import SCALED, Job, get, jobs, load_recipe, plan_lines, scaled
 from isheep.sampler.engine import Sampler
-from isheep.sampler.request import Completion, Request
+from isheep.sampler.request import Completion, Request, SamplingParams
 from isheep.sampler.store import Store
 from isheep.stages import seal_at_once
 from isheep.train.trainer import Trainer
@@ -346,3 +346,14 @@ def test_a_store_gives_what_it_knows_before_it_asks_for_more(tmp_path: Path) -> 
     store.close()
     with pytest.raises(UserError, match="dtype"):
         Store(tmp_path / "store", "m", "bfloat16", "raw")
+
+
+def test_what_asks_for_vectors_is_sampled_each_time(tmp_path: Path) -> None:
+    """They are not kept: a cell catches as much as if it had run alone."""
+    sampler, store = ScriptedSampler(batch=1), Store(tmp_path / "store", "m", "float32", "raw")
+    requests = [Request("plain", (1,)), Request("pooled", (1,), SamplingParams(pool=True))]
+    for seen in (["plain", "pooled"], ["plain", "pooled", "pooled"]):
+        found = list(store.stream(requests, sampler.stream, 0, str))
+        assert sorted(completion.id for completion in found) == ["plain", "pooled"]
+        assert [request.id for request in sampler.seen] == seen
+    store.close()

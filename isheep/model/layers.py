@@ -81,9 +81,7 @@ class Rotary(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.base, self.head_dim, self.scaling = config.rope_theta, config.head_dim, config.rope_scaling or {}
-        self._on: dict[
-            torch.device, Tensor
-        ] = {}  # the frequencies, once on each device: a copy there would wait for it
+        self._on: dict[torch.device, Tensor] = {}  # the frequencies, copied to a device once: a copy waits for it
 
     def frequencies(self) -> Tensor:
         """[D/2] fp32, radians a position. Llama-3.1 slows the slow ones by `factor` and blends in between."""

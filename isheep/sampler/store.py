@@ -35,8 +35,11 @@ class Store:
 
         def fresh() -> Iterator[Request]:
             for request in requests:
+                if request.params.pool:  # vectors are kilobytes of text each: never kept, always sampled
+                    yield request
+                    continue
                 key = _key(request, seed, adapter_of)
-                if key in self._journal.done:  # never one that asks for vectors, see below
+                if key in self._journal.done:
                     known.append(Completion(**self._journal.done[key][0]))
                 else:
                     keys[request.id] = key
@@ -48,7 +51,7 @@ class Store:
         if first is not None:
             with closing(sample(chain([first], new))) as completions:  # type: ignore[type-var]
                 for completion in completions:
-                    if completion.vectors is None:  # they are kilobytes of text each
+                    if completion.id in keys:
                         self._journal.append(keys.pop(completion.id), [completion.to_json()])
                     yield completion
                     yield from _drain(known)

@@ -63,3 +63,11 @@ def test_a_bad_flag_is_told_before_anything_loads(run):
     with pytest.raises(UserError, match="temperature"):
         run("--temperature", "-1")
     assert not Path(run.out).exists()
+
+
+def test_every_parameter_has_a_flag_of_its_kind() -> None:
+    flags = ["--pool", "--num-prompt-logprobs", "4", "--logprob-token-ids", "3", "5", "--ignore-eos", "--logprobs", "2"]
+    args = command.parser().parse_args(["--model", "m", "--prompts", "in", "--out", "out", *flags])
+    params = command.to_params({name: getattr(args, name) for name in command.PARAMS if name != "seed"})
+    assert (params.pool, params.num_prompt_logprobs, params.logprob_token_ids) == (True, 4, (3, 5))
+    assert (params.ignore_eos, params.logprobs) == (True, 2)
