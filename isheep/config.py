@@ -155,6 +155,7 @@ class SamplerConfig:
     max_num_batched_tokens: int = 2048  # tokens of one forward, prefill and decode together
     kv_cache_gib: float | None = None  # None: from the memory that is free
     prefix_caching: bool = True
+    cuda_graphs: bool = True  # on a GPU, launch a decode step as a whole; a CPU has nothing to launch
 
     def __post_init__(self) -> None:
         _require(self, "block_size", self.block_size >= 16 and self.block_size % 16 == 0, "a multiple of 16")

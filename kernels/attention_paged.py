@@ -115,7 +115,7 @@ def attention_paged(
     decode = max_query_len == 1
     tile = paged_tile(D, H // G, q.dtype, decode, capability(q))
     tiles = S if decode else num_tiles(T, cu_seqlens, tile.m // (H // G))
-    splits = num_splits or choose_splits(tiles * G, max_context_len, _slots(q))
+    splits = num_splits or choose_splits(tiles * G, max_context_len, resident_programs(q))
     assert splits <= MAX_SPLITS
     constants = _constants(D, H // G, k_cache.shape[1], decode, splits > 1, tile)
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -158,13 +158,13 @@ def choose_splits(programs: int, max_context_len: int, slots: int) -> int:
     return 1 + next(i for i, share in enumerate(filled) if share >= 0.85 * max(filled))
 
 
-def _slots(x: Tensor) -> int:
+def resident_programs(x: Tensor) -> int:
     """Programs that run at a time: two a multiprocessor. In the interpreter, one."""
-    return _gpu_slots(x.device) if x.is_cuda else 1
+    return _gpu_programs(x.device) if x.is_cuda else 1
 
 
 @cache
-def _gpu_slots(device: torch.device) -> int:
+def _gpu_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -20,6 +20,10 @@ class PagedMeta:
     context_lens: Tensor  # [S] int32, positions cached once this batch is written
     max_context_len: int  # the longest of them, known on the host
 
+    def to(self, device: torch.device | str) -> "PagedMeta":
+        tables, lens = self.block_tables.to(device), self.context_lens.to(device)
+        return PagedMeta(self.slot_mapping.to(device), tables, lens, self.max_context_len)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -45,8 +49,13 @@ class PackedBatch:
         ids = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
         positions = torch.cat([torch.arange(n) for n in lens])
         cu = torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
-        batch = cls(ids.to(device), positions.to(device), cu.to(device), lens)
-        return batch.with_adapter(adapter)
+        return cls(ids, positions, cu, lens).to(device).with_adapter(adapter)
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on another device."""
+        ids, positions, cu = self.input_ids.to(device), self.positions.to(device), self.cu_seqlens.to(device)
+        paged = self.paged.to(device) if self.paged else None
+        return replace(self, input_ids=ids, positions=positions, cu_seqlens=cu, paged=paged)
 
     def with_adapter(self, adapter: str | None) -> "PackedBatch":
         """The same tokens, all of them seen through one adapter (None: the base model)."""

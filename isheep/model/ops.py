@@ -133,6 +133,14 @@ def attention_paged(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: PackedBa
     return attend(q, k_cache, v_cache, *where, scale)
 
 
+def decode_splits(k_cache: Tensor, rows: int, max_context_len: int) -> int:
+    """Among how many programs Triton's `attention_paged` splits the keys, where each of `rows` sequences has one query.
+
+    k_cache [..., G, D]. A CUDA graph has the number built in.
+    """
+    return _paged.choose_splits(rows * k_cache.shape[-2], max_context_len, _paged.resident_programs(k_cache))
+
+
 # ---- linear layers with adapters -----------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import cast
@@ -24,6 +25,7 @@ from isheep.model.batch import PackedBatch, PagedMeta
 from isheep.model.transformer import KVCache, Transformer
 from isheep.sampler import sampling
 from isheep.sampler.block_manager import BlockManager
+from isheep.sampler.graphs import SPARE_BLOCKS, Passes, Salts
 from isheep.sampler.reading import Pools, read_prompts
 from isheep.sampler.request import Completion, Request, Sequence
 from isheep.sampler.scheduler import Chunk, Scheduler, Step
@@ -99,21 +101,25 @@ class Sampler:
         own = {tokenizer.eos_token_id, *model.config.eos_token_ids, *eos_token_ids}
         self.eos = frozenset(token for token in own if token is not None)
         self.stats = Stats()
+        num_blocks = num_blocks or num_cache_blocks(model, cfg)
         self.scheduler = Scheduler(
-            BlockManager(num_blocks or num_cache_blocks(model, cfg), cfg.block_size, cfg.prefix_caching),
+            BlockManager(num_blocks, cfg.block_size, cfg.prefix_caching),
             cfg.max_num_seqs,
             cfg.max_num_batched_tokens,
             lambda adapter: self._salts[adapter],
         )
-        self._cache: KVCache | None = model.new_kv_cache(self.scheduler.blocks.num_blocks, cfg.block_size)
-        self._salts: dict[str | None, object] = {None: None}
+        cache = model.new_kv_cache(num_blocks + SPARE_BLOCKS, cfg.block_size)
+        self._passes: Passes | None = Passes(model, cache, cfg)
+        self._salts: Salts = {None: None}
         self._samples: dict[tuple[str, int], _Sample] = {}
         self._pools = Pools(cfg.max_num_seqs, model.config.hidden_size, model.device)
         model.prepack(cfg.max_num_seqs)
 
     def close(self) -> None:
-        """Free the cache and the packed weights; the model is left as it was found."""
-        self._cache = None
+        """Free graphs, cache and packed weights; the model is left as it was found."""
+        if self._passes is not None:
+            self._passes.close()
+        self._passes = None
         self.model.unpack()
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -194,10 +200,10 @@ class Sampler:
         # read once a step: a trainer's write makes cached keys and values of that adapter stale
         self._salts = {None: None, **{name: (name, adapter.version) for name, adapter in self.model.adapters.items()}}
         step = self.scheduler.schedule()
-        assert self._cache is not None, "the sampler is closed"
-        self._cache.copy_blocks(step.copies)
+        assert self._passes is not None, "the sampler is closed"
+        self._passes.cache.copy_blocks(step.copies)
         chunks = sorted(step.chunks, key=lambda c: c.seq.request.adapter or "")  # one adapter's tokens lie together
-        hidden = self.model(self._batch(chunks), self._cache)
+        hidden = self._passes(self._batch(chunks), self._salts)
         for key, place, entry in read_prompts(self.model, chunks, hidden):
             cast(dict, self._samples[key].prompt_logprobs)[place] = entry
         self._pools.forget(seq.key for seq in step.preempted)
@@ -220,8 +226,8 @@ class Sampler:
             self.stats.num_prefill_tokens += max(0, min(chunk.end, seq.num_prompt_tokens) - chunk.start)
 
     def _batch(self, chunks: list[Chunk]) -> PackedBatch:
-        """The chunks' tokens as one packed batch, with where each is written and read in the cache."""
-        size, device = self.cfg.block_size, self.model.device
+        """The chunks' tokens as one packed batch on the host, with where each is written and read in the cache."""
+        size = self.cfg.block_size
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -234,25 +240,17 @@ class Sampler:
         lens = [chunk.num_tokens for chunk in chunks]
         width = max(len(chunk.seq.block_table) for chunk in chunks)
         tables = [chunk.seq.block_table + [0] * (width - len(chunk.seq.block_table)) for chunk in chunks]
-
-        def tensor(values: list, dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        paged = PagedMeta(
-            tensor(slots, torch.int64),
-            tensor(tables, torch.int32),
-            tensor([chunk.end for chunk in chunks], torch.int32),
-            max(chunk.end for chunk in chunks),
-        )
-        cu = tensor([0, *accumulate(lens)], torch.int32)
+        contexts = [chunk.end for chunk in chunks]
+        int32 = partial(torch.tensor, dtype=torch.int32)
+        paged = PagedMeta(torch.tensor(slots), int32(tables), int32(contexts), max(contexts))
         adapters, at = [], 0
         for name, group in groupby(chunks, key=lambda c: c.seq.request.adapter):
             end = at + sum(chunk.num_tokens for chunk in group)
             if name is not None:
                 adapters.append((name, at, end))
             at = end
-        ids_t, positions_t = tensor(ids, torch.int64), tensor(positions, torch.int64)
-        return PackedBatch(ids_t, positions_t, cu, tuple(lens), tuple(adapters), paged)
+        starts = int32([0, *accumulate(lens)])
+        return PackedBatch(torch.tensor(ids), torch.tensor(positions), starts, tuple(lens), tuple(adapters), paged)
 
     def _append_tokens(self, seqs: list[Sequence], logits: Tensor) -> list[Completion]:
         """Draw each sequence's next token; finish those that end with it."""
