@@ -4,7 +4,8 @@
 
 The head is frozen, so what backward needs of a token is made in the forward pass, from the logits that it holds anyway:
 two matrix products a token in all. On CUDA the unmasked rows are put first on the device, whose count the host never
-asks for: tiles past it end at once. Without a gradient no logit is stored, but the target's.
+asks for: tiles past it end at once. Without a gradient no logit is stored, but the target's. A chunk of dh has fewer
+tiles than the chip has multiprocessors: several share the vocabulary of one, and add their sums in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,11 @@ from isheep_kernels.lora_matmul import tile_place
 from isheep_kernels.variant import TYPES, Variant
 
 IGNORE = -100
-EXTRA_BYTES = 240_000_000  # held beside the inputs and the result, whatever T: a chunk of logits, or its partial sums
+EXTRA_BYTES = 240_000_000  # held beside the inputs and the result, whatever T: a chunk of logits and all partial sums
+MAX_SPLITS = 32
+# Columns of the vocabulary that take as long as writing a tile's partial sums and reading them again, 8 bytes a value:
+# at two operations a column, and the 200 operations a byte of an H200. A chunk's launches take about as long.
+SPLIT_COST = 800
 
 
 def linear_cross_entropy_ref(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -132,70 +137,109 @@ def _launch_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, nll: Tensor,
         return
     masked = targets == IGNORE
     rows, count = masked.byte().argsort(stable=True), T - masked.sum()
-    picked = torch.full((T,), torch.nan, device=hidden.device)  # stays nan where no column is the target's
-    chip = capability(hidden)
-    launch, wide = _tile(hidden.dtype, chip), _wide_tile(hidden.dtype, chip)
-    tiles = triton.cdiv(V, launch["BLOCK_N"])
-    size = _chunk_rows(T, V, tiles, hidden.dtype, launch["BLOCK_M"], by_hidden is not None)
-    logits = None if by_hidden is None else hidden.new_empty(size, V)
+    sought, picked = targets[rows], torch.full((T,), torch.nan, device=hidden.device)  # nan where no column is sought
+    gradient, chip = by_hidden is not None, capability(hidden)
+    tile, dh_tile = _tile(V, hidden.dtype, chip), _tile(C, hidden.dtype, chip)
+    size, splits = _shares(T, C, V, hidden.itemsize, tile, dh_tile, _multiprocessors(hidden), gradient)
+    blocks, across, tiles = size // tile["BLOCK_M"], triton.cdiv(C, dh_tile["BLOCK_N"]), triton.cdiv(V, tile["BLOCK_N"])
+    share = triton.cdiv(V, splits * dh_tile["BLOCK_K"]) * dh_tile["BLOCK_K"]
+    logits = hidden.new_empty(size, V) if gradient else None
+    parts = hidden.new_empty(splits, size, C, dtype=torch.float32) if splits > 1 else None
     peaks, sums = hidden.new_empty(2, size, tiles, dtype=torch.float32)
-    blocks = triton.cdiv(size, launch["BLOCK_M"])
     for start in range(0, T, size):
         where = (rows, count, start)
         _logits_kernel[(blocks * tiles,)](
-            hidden, weight, targets, *where, logits, peaks, sums, picked, size, V, C,
-            STORE=logits is not None, EVEN_K=C % launch["BLOCK_K"] == 0, **launch,
+            hidden, weight, sought, *where, logits, peaks, sums, picked, size, V, C,
+            STORE=gradient, EVEN_K=C % tile["BLOCK_K"] == 0, **tile,
         )  # fmt: skip
         _nll_kernel[(size,)](
-            logits, peaks, sums, picked, targets, *where, nll, V, tiles, GRADIENT=logits is not None, **NLL_LAUNCH
+            logits, peaks, sums, picked, sought, *where, nll, V, tiles, GRADIENT=gradient, **NLL_LAUNCH
         )
-        if logits is not None:
-            _by_hidden_kernel[(blocks * triton.cdiv(C, wide["BLOCK_N"]),)](
-                logits, weight, *where, by_hidden, size, V, C, EVEN_K=V % wide["BLOCK_K"] == 0, **wide
+        if gradient:
+            flags = {"SPLIT": splits > 1, "EVEN_K": V % dh_tile["BLOCK_K"] == 0}
+            _by_hidden_kernel[(blocks * across, splits)](
+                logits, weight, *where, by_hidden if parts is None else parts, size, V, C, share, **flags, **dh_tile
+            )
+        if parts is not None:
+            _join_kernel[(size, triton.cdiv(C, JOIN_LAUNCH["BLOCK"]))](
+                parts, *where, by_hidden, size, C, splits, **JOIN_LAUNCH
             )
 
 
-def _chunk_rows(T: int, V: int, tiles: int, dtype: torch.dtype, block: int, gradient: bool) -> int:
-    """Rows a chunk, in whole blocks: their partial sums and, for a gradient, their logits stay below EXTRA_BYTES."""
-    row_bytes = 8 * tiles + (V * dtype.itemsize if gradient else 0)
-    return min(max(EXTRA_BYTES // row_bytes // block, 1), triton.cdiv(T, block)) * block
+def _shares(
+    T: int, C: int, V: int, itemsize: int, tile: dict[str, int], dh_tile: dict[str, int], slots: int, gradient: bool
+) -> tuple[int, int]:
+    """Rows a chunk, in whole blocks, and among how many programs dh splits the vocabulary: what ends soonest.
+
+    A chunk with its partial sums stays below EXTRA_BYTES. All work comes in tiles, of which `slots` are made at a time.
+    """
+    block, tiles, across = tile["BLOCK_M"], triton.cdiv(V, tile["BLOCK_N"]), triton.cdiv(C, dh_tile["BLOCK_N"])
+    blocks, row_bytes = triton.cdiv(T, block), 8 * tiles + (V * itemsize if gradient else 0)
+
+    def most_blocks(splits: int) -> int:
+        part_bytes = 4 * C * splits if splits > 1 else 0
+        return min(max(EXTRA_BYTES // (block * (row_bytes + part_bytes)), splits == 1), blocks)
+
+    def way(height: int, splits: int) -> int:
+        """What a multiprocessor walks in chunks of `height` blocks: columns times the width of its tile."""
+        whole, rest = divmod(blocks, height)
+
+        def waves(width: int) -> int:
+            return whole * triton.cdiv(height * width, slots) + triton.cdiv(rest * width, slots)
+
+        logits = tile["BLOCK_N"] * (waves(tiles) * C + triton.cdiv(blocks, height) * SPLIT_COST)
+        share = triton.cdiv(V, splits) + (SPLIT_COST if splits > 1 else 0)
+        return logits + (dh_tile["BLOCK_N"] * waves(across * splits) * share if gradient else 0)
+
+    least = max(most_blocks(1) * 3 // 4, 1)  # each chunk reads the weight twice: low ones would wait for it
+    shapes = ((h, s) for s in range(1, MAX_SPLITS + 1) for h in range(least, most_blocks(s) + 1))
+    height, splits = min(shapes, key=lambda shape: way(*shape))
+    return height * block, splits
 
 
-def _tile(dtype: torch.dtype, chip: int) -> dict[str, int]:
-    """Of the logits. In fp32 products are exact, without tensor cores: for checks, not for speed."""
+def _multiprocessors(x: Tensor) -> int:
+    """Each makes one tile of dh at a time, which takes most of its shared memory. In the interpreter, one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def _tile(columns: int, dtype: torch.dtype, chip: int) -> dict[str, int]:
+    """Of the logits or of dh. Hopper takes twice as many columns where a fifth of them would not lie past the edge.
+
+    In fp32 products are exact, without tensor cores: for checks, not for speed.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4 if chip >= 90 else 3}
+    narrow = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    if chip < 90:
+        return narrow
+    wide = 4 * 256 * triton.cdiv(columns, 256) <= 5 * columns
+    return narrow | ({"BLOCK_N": 256} if wide else {"num_stages": 4})
 
 
-def _wide_tile(dtype: torch.dtype, chip: int) -> dict[str, int]:
-    """Of dh, which leaves registers for twice the columns on Hopper. BLOCK_M is that of the logits."""
-    wider = {"BLOCK_N": 256, "num_stages": 3} if chip >= 90 and dtype != torch.float32 else {}
-    return _tile(dtype, chip) | wider
-
-
+JOIN_LAUNCH = {"BLOCK": 1024, "num_warps": 4, "num_stages": 2}
 NLL_LAUNCH = {"BLOCK": 4096, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit(do_not_specialize=["start", "size"])
 def _logits_kernel(
-    hidden, weight, targets, rows, count, start, logits, peaks, sums, picked, size, V, C,
+    hidden, weight, sought, rows, count, start, logits, peaks, sums, picked, size, V, C,
     STORE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the logits [size, V] of tokens rows[start …]: its rows' largest, and Σ exp(logit − largest).
 
-    picked[start …] is the target's logit, written by the tile that holds it; logits are stored with STORE alone.
+    picked[start …] is the logit of column sought[start …], written by the tile that holds it; logits are stored with
+    STORE alone.
     """
     i, j = tile_place(size, V, BLOCK_M, BLOCK_N)
-    local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    local, first_column = (i * BLOCK_M).to(tl.int32) + m, j * BLOCK_N  # 64 bits would cost registers
     place = start + local
     counted = tl.load(count)
     if start + i * BLOCK_M >= counted:
         return
     is_row = place < counted
     token = tl.load(rows + place, is_row, other=0)
-    first_column, n = j * BLOCK_N, tl.arange(0, BLOCK_N)
     has_row, has_column = is_row[:, None], (n < (V - first_column).to(tl.int32))[None, :]
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -211,9 +255,10 @@ def _logits_kernel(
 
     if STORE:  # the gradient is taken of the logits as stored, so their sum is too
         stored = total.to(hidden.dtype.element_ty)
-        tl.store(logits + first_column + local[:, None] * V + n[None, :], stored, has_row & has_column)
+        logits += i * BLOCK_M * V + first_column
+        tl.store(logits + m[:, None] * V + n[None, :], stored, has_row & has_column)
         total = stored.to(tl.float32)
-    target = tl.load(targets + token, is_row, other=-1)
+    target = tl.load(sought + place, is_row, other=-1)
     here = n[None, :] == (target - first_column).to(tl.int32)[:, None]
     in_tile = is_row & (target >= first_column) & (target < tl.minimum(first_column + BLOCK_N, V))
     tl.store(picked + place, tl.sum(tl.where(here, total, 0.0), 1), in_tile)
@@ -226,7 +271,7 @@ def _logits_kernel(
 
 @triton.jit(do_not_specialize=["start"])
 def _nll_kernel(
-    logits, peaks, sums, picked, targets, rows, count, start, nll, V, tiles,
+    logits, peaks, sums, picked, sought, rows, count, start, nll, V, tiles,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Row program_id of a chunk: its loss from the tiles' partial sums; with GRADIENT, softmax − onehot in its logits.
@@ -252,7 +297,7 @@ def _nll_kernel(
     loss = log_total - (tl.load(picked + place) - highest)
     tl.store(nll + token, loss)
     if GRADIENT:
-        target = tl.load(targets + token)
+        target = tl.load(sought + place)
         for first in range(0, V, BLOCK):
             column = first + at
             logit = tl.load(logits + local * V + column, column < V, other=0.0).to(tl.float32)
@@ -262,20 +307,27 @@ def _nll_kernel(
 
 @triton.jit(do_not_specialize=["start", "size"])
 def _by_hidden_kernel(
-    change, weight, rows, count, start, by_hidden, size, V, C,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    change, weight, rows, count, start, out, size, V, C, share,
+    SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of change [size, V] · weight [V, C], written to by_hidden [T, C] at tokens rows[start …]."""
+    """One tile of change [size, V] · weight [V, C], written to out [T, C] at tokens rows[start …].
+
+    With SPLIT its part from the `share` columns of the vocabulary that are this program's, to out [splits, size, C].
+    Grid: tiles, splits.
+    """
     i, j = tile_place(size, C, BLOCK_M, BLOCK_N)
-    local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    local = i * BLOCK_M + m
     counted = tl.load(count)
     if start + i * BLOCK_M >= counted:
         return
     is_row = start + local < counted
-    columns = j * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = j * BLOCK_N + n
     has_row, has_column = is_row[:, None], (columns < C)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, V, BLOCK_K):
+    begin = tl.program_id(1) * share
+    for first in range(begin, tl.minimum(begin + share, V), BLOCK_K):
         v = first + tl.arange(0, BLOCK_K).to(tl.int64)
         d_at, w_at = local[:, None] * V + v[None, :], v[:, None] * C + columns[None, :]
         if EVEN_K:
@@ -284,26 +336,49 @@ def _by_hidden_kernel(
             d = tl.load(change + d_at, has_row & (v < V)[None, :], other=0.0)
             w = tl.load(weight + w_at, has_column & (v < V)[:, None], other=0.0)
         total = tl.dot(d, w, total, input_precision="ieee")
-    token = tl.load(rows + start + local, is_row, other=0)
-    tl.store(by_hidden + token[:, None] * C + columns[None, :], total, has_row & has_column)
+    if SPLIT:
+        out += (tl.program_id(1) * size.to(tl.int64) + i * BLOCK_M) * C + j * BLOCK_N
+        tl.store(out + m[:, None] * C + n[None, :], total, has_row & has_column)
+    else:
+        token = tl.load(rows + start + local, is_row, other=0)
+        tl.store(out + token[:, None] * C + columns[None, :], total, has_row & has_column)
+
+
+@triton.jit(do_not_specialize=["start", "size", "splits"])
+def _join_kernel(parts, rows, count, start, by_hidden, size, C, splits, BLOCK: tl.constexpr):
+    """by_hidden [T, C] at one of the tokens rows[start …]: Σ_s parts [splits, size, C]. Grid: size, blocks of C."""
+    local = tl.program_id(0).to(tl.int64)
+    place = start + local
+    if place >= tl.load(count):
+        return
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(parts + (split * size.to(tl.int64) + local) * C + column, column < C, other=0.0)
+    tl.store(by_hidden + tl.load(rows + place) * C + column, total, column < C)
 
 
 def variants(capability: int) -> Iterator[Variant]:
-    """bf16, with and without the gradient."""
+    """bf16, with and without the gradient; its tile is the narrower one where the hidden size fits no wider."""
     half = f"*{TYPES[torch.bfloat16]}"
-    types = dict.fromkeys(("hidden", "weight", "logits", "change", "by_hidden"), half)
-    types |= dict.fromkeys(("peaks", "sums", "picked", "nll"), "*fp32")
-    types |= dict.fromkeys(("targets", "rows", "count"), "*i64")
-    types |= dict.fromkeys(("start", "size", "V", "C", "tiles"), "i32")
-    tile, wide = (make(torch.bfloat16, capability) | {"EVEN_K": True} for make in (_tile, _wide_tile))
+    types = dict.fromkeys(("hidden", "weight", "logits", "change", "out", "by_hidden"), half)
+    types |= dict.fromkeys(("peaks", "sums", "picked", "nll", "parts"), "*fp32")
+    types |= dict.fromkeys(("sought", "rows", "count"), "*i64")
+    types |= dict.fromkeys(("start", "size", "V", "C", "tiles", "share", "splits"), "i32")
     alone = {"STORE": False, "GRADIENT": False, "logits": None}
     for name, stored in (("forward", alone), ("with gradient", {"STORE": True, "GRADIENT": True})):
+        tile = _tile(152_064, torch.bfloat16, capability) | {"EVEN_K": True}
         yield _variant(f"logits {name}", _logits_kernel, types, tile | stored)
         yield _variant(f"nll {name}", _nll_kernel, types, NLL_LAUNCH | stored)
-    yield _variant("by hidden", _by_hidden_kernel, types, wide)
+    for C, narrow in ((4096, ""), (576, " narrow")):
+        tile = _tile(C, torch.bfloat16, capability) | {"EVEN_K": True}
+        for name, out, split in (("", half, False), (" split", "*fp32", True)):
+            types["out"] = out
+            yield _variant(f"by hidden{narrow}{name}", _by_hidden_kernel, types, tile | {"SPLIT": split})
+    yield _variant("join", _join_kernel, types, JOIN_LAUNCH)
 
 
 def _variant(name: str, kernel: Any, types: dict[str, str], launch: dict[str, Any]) -> Variant:
     made = Variant.of(f"linear_cross_entropy {name} bf16", kernel, types, launch)
-    multiples = tuple(n for n in ("start", "size", "V", "C") if n in made.signature)
+    multiples = tuple(n for n in ("V", "C", "share") if n in made.signature)
     return made._replace(divisible_by_16=made.divisible_by_16 + multiples)

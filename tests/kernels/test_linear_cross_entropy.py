@@ -96,14 +96,37 @@ def reference(hidden, weight, targets):
     return linear_cross_entropy_ref(hidden, weight, targets)
 
 
-@INTERPRETED
-@pytest.mark.parametrize("extra", [10**9, 1], ids=["at once", "a block at a time"])
-def test_the_triton_kernels(extra, dtype, monkeypatch):
-    monkeypatch.setattr(module, "EXTRA_BYTES", extra)
+def assert_kernels_are_right(dtype):
+    """On shapes that no block divides, two chunks where a chunk is of 128 rows, the second without a counted one."""
     hidden, weight, targets = sizes(150, 70, 331, dtype, masked=0.3)
     grad = torch.rand(150, generator=torch.Generator().manual_seed(4))
     frozen = {"weight": weight, "targets": targets}
     assert_kernel_is_as_good_as(fused_linear_cross_entropy, reference, {"hidden": hidden}, frozen, [grad])
+
+
+@INTERPRETED
+@pytest.mark.parametrize("extra", [10**9, 1], ids=["at once", "a block at a time"])
+def test_the_triton_kernels(extra, dtype, monkeypatch):
+    monkeypatch.setattr(module, "EXTRA_BYTES", extra)
+    assert_kernels_are_right(dtype)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("splits", [1, 2, 3, 40])
+def test_programs_that_share_the_vocabulary(splits, dtype, monkeypatch):
+    """Forty of them are more than there are steps to share."""
+    monkeypatch.setattr(module, "_shares", lambda *_: (128, splits))
+    assert_kernels_are_right(dtype)
+
+
+@INTERPRETED
+def test_the_shares_that_a_chip_would_choose(dtype, monkeypatch):
+    chosen, shares = [], module._shares
+    monkeypatch.setattr(module, "_multiprocessors", lambda _: 10)
+    monkeypatch.setattr(module, "SPLIT_COST", 1)
+    monkeypatch.setattr(module, "_shares", lambda *args: chosen.append(shares(*args)) or chosen[-1])
+    assert_kernels_are_right(dtype)
+    assert [splits > 1 for _, splits in chosen] == [True]
 
 
 @INTERPRETED
@@ -158,13 +181,40 @@ def test_the_triton_kernels_hold_a_chunk_of_logits(monkeypatch):
     assert fused.numel < 260 * 131
 
 
+CHIPS = {80: 108, 90: 132}  # multiprocessors
+
+
+def shares(num_tokens, width, vocabulary, chip, gradient=True):
+    """By arithmetic, in bf16: rows a chunk, splits, the bytes they take beside the result, and the tiles of dh."""
+    tile, dh_tile = (module._tile(n, torch.bfloat16, chip) for n in (vocabulary, width))
+    rows, splits = module._shares(num_tokens, width, vocabulary, 2, tile, dh_tile, CHIPS[chip], gradient)
+    assert rows % tile["BLOCK_M"] == 0
+    row_bytes = 8 * -(-vocabulary // tile["BLOCK_N"]) + (2 * vocabulary if gradient else 0)
+    tiles = rows // dh_tile["BLOCK_M"] * -(-width // dh_tile["BLOCK_N"]) * splits
+    return rows, splits, rows * (row_bytes + (4 * splits * width if splits > 1 else 0)), tiles
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("num_tokens", [1, 8192, 10**7])
-def test_extra_memory_at_the_largest_vocabulary(num_tokens, gradient):
-    """By arithmetic: logits in bf16, and a largest and a sum for each tile of each row in a chunk."""
-    for chip in (80, 90):
-        tile = module._tile(torch.bfloat16, chip)
-        tiles = -(-152_064 // tile["BLOCK_N"])
-        rows = module._chunk_rows(num_tokens, 152_064, tiles, torch.bfloat16, tile["BLOCK_M"], gradient)
-        assert rows % tile["BLOCK_M"] == 0 and rows >= min(num_tokens, 640)
-        assert rows * (8 * tiles + (2 * 152_064 if gradient else 0)) <= 256_000_000
+@pytest.mark.parametrize("num_tokens", [1, 128, 700, 8192, 10**7])
+def test_extra_memory_at_the_largest_vocabulary(num_tokens, gradient, chip):
+    for width in (64, 576, 1024, 3584, 5120, 8192, 16384):
+        rows, splits, extra, _ = shares(num_tokens, width, 152_064, chip, gradient)
+        assert extra <= 256_000_000 and splits <= (32 if gradient else 1)
+        assert rows >= min(num_tokens, 384)  # the weight is read twice a chunk
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("width", [576, 896, 1024, 1536, 2048, 3584, 4096, 5120, 8192])
+@pytest.mark.parametrize("vocabulary", [49_152, 128_256, 152_064])
+def test_dh_fills_the_chip(vocabulary, width, chip):
+    _, _, _, tiles = shares(8192, width, vocabulary, chip)
+    waves = -(-tiles // CHIPS[chip])
+    assert tiles >= 0.9 * waves * CHIPS[chip]
+
+
+def test_a_vocabulary_is_not_split_where_nothing_is_gained():
+    assert shares(8192, 8192, 152_064, 90)[1] == 1  # 4 blocks of rows by 32 of columns: 128 tiles
+    assert shares(8192, 4096, 152_064, 90)[1] == 2
+    tile = module._tile(100, torch.float32, 80)
+    assert module._shares(8192, 100, 100, 4, tile, tile, 1, True)[1] == 1  # one program at a time
