@@ -14,7 +14,7 @@ from isheep_kernels.cases import GOALS, MODELS, OPS, Case, Model, outputs
 from isheep_kernels.compiled import ops
 
 SMALL = Model(hidden=48, inner=80, heads=4, kv_heads=2, head_dim=16, vocabulary=70)
-NOT_ON_A_CPU = {"cuDNN", "flash", "varlen_attn"}  # nor FlexAttention's backward
+NOT_ON_A_CPU = {"cuDNN", "varlen_attn"}  # nor FlexAttention's backward
 
 
 @pytest.fixture
@@ -45,9 +45,7 @@ def rehearsed(small, monkeypatch):
         function()
         return time.perf_counter() - started
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no such thing")
-    monkeypatch.setattr(bench, "ceilings", lambda: CHIPS["h200"])
+    monkeypatch.setattr(bench, "this_chip", lambda _: (CHIPS["h200"], bench.measured))
     monkeypatch.setattr(bench, "gpu_seconds", seconds)
     monkeypatch.setattr(bench, "in_turns", partial(in_turns, rounds=2))
     monkeypatch.setattr(bench, "MODELS", {"qwen1.5-7b": SMALL})
@@ -198,8 +196,25 @@ def test_without_a_gpu_limits_are_printed_and_called_so(monkeypatch, capsys, tmp
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 2 * len(MODELS)  # and both passes
 
 
+def test_on_a_gpu_limits_are_of_what_it_does_now(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "such a thing")
+    monkeypatch.setattr(bench, "ceilings", lambda: bench.Chip(700e12, 4e12))
+    assert bench.this_chip("h100") == (bench.Chip(700e12, 4e12), bench.measured)
+    assert re.match(r"such a thing, torch .*, this run: 700 TFLOP/s, 4.00 TB/s\n", capsys.readouterr().out)
+
+
+def test_ceilings_are_the_product_and_the_faster_stream(monkeypatch):
+    took = {"mm": 2.0, "clone": 4.0, "sum": 1.0}
+    monkeypatch.setattr(bench, "randn", lambda *shape: torch.empty(0))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.empty(250))
+    monkeypatch.setattr(bench, "gpu_seconds", lambda call: took[getattr(call, "func", call).__name__])
+    assert bench.ceilings() == bench.Chip(2 * 8192**3 / 2.0, 1000.0)  # read once in a second, moved twice in four
+
+
 def test_a_run_on_a_gpu_rehearsed(rehearsed, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["bench", "--csv", str(tmp_path / "rows.csv")])
+    monkeypatch.setattr(cases, "lora_linear_cases", lambda *_: iter(()))  # all is in the layer's, and this is slow
+    monkeypatch.setattr(sys, "argv", ["bench", "attention_packed", "lora_matmul", "--csv", str(tmp_path / "rows.csv")])
     assert main() == 0
     printed = capsys.readouterr()
     for name in NOT_ON_A_CPU:
