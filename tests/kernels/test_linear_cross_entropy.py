@@ -96,9 +96,9 @@ def reference(hidden, weight, targets):
     return linear_cross_entropy_ref(hidden, weight, targets)
 
 
-def assert_kernels_are_right(dtype):
+def assert_kernels_are_right(dtype, vocabulary=331):
     """On shapes that no block divides, two chunks where a chunk is of 128 rows, the second without a counted one."""
-    hidden, weight, targets = sizes(150, 70, 331, dtype, masked=0.3)
+    hidden, weight, targets = sizes(150, 70, vocabulary, dtype, masked=0.3)
     grad = torch.rand(150, generator=torch.Generator().manual_seed(4))
     frozen = {"weight": weight, "targets": targets}
     assert_kernel_is_as_good_as(fused_linear_cross_entropy, reference, {"hidden": hidden}, frozen, [grad])
@@ -113,10 +113,11 @@ def test_the_triton_kernels(extra, dtype, monkeypatch):
 
 @INTERPRETED
 @pytest.mark.parametrize("splits", [1, 2, 3, 40])
-def test_programs_that_share_the_vocabulary(splits, dtype, monkeypatch):
-    """Forty of them are more than there are steps to share."""
+@pytest.mark.parametrize("vocabulary", [331, 320])
+def test_programs_that_share_the_vocabulary(vocabulary, splits, dtype, monkeypatch):
+    """Forty of them are more than there are steps to share; of 320 columns, whole steps, not all get the same number."""
     monkeypatch.setattr(module, "_shares", lambda *_: (128, splits))
-    assert_kernels_are_right(dtype)
+    assert_kernels_are_right(dtype, vocabulary)
 
 
 @INTERPRETED
