@@ -24,6 +24,7 @@ from typing import NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import isheep_kernels
 from isheep_kernels.variant import Variant
@@ -75,8 +76,9 @@ def compile_variant(variant: Variant, chip: int) -> Compiled:
     kernel = variant.kernel
     signature = {name: variant.signature.get(name, "constexpr") for name in kernel.arg_names}
     attributes = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in variant.divisible_by_16}
-    source = ASTSource(kernel, signature, variant.constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, variant.constants, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    options |= {"maxnreg": variant.maxnreg}
     binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     registers, spilled, counts = _read(binary.asm["cubin"])
     return Compiled(variant, chip, registers, spilled, binary.metadata.shared, counts)

@@ -1,4 +1,6 @@
-"""Triton and its language or, where it cannot be installed, stand-ins with which kernels are defined and never run."""
+"""Triton, its language and Gluon or, where they cannot be installed, stand-ins with which kernels are defined and never
+run. What differs between versions (3.6 to 3.9) is settled here.
+"""
 
 from typing import Any
 
@@ -16,7 +18,27 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:  # such as on macOS, where torch's definitions and C++ serve
-    triton = tl = _Absent()  # type: ignore[assignment]
+    triton = tl = gluon = gl = hopper = TensorDescriptor = _Absent()  # type: ignore[assignment]
 
-__all__ = ["tl", "triton"]
+mbarrier, fence_async_shared = hopper.mbarrier, hopper.fence_async_shared
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+# From a tensor in memory to shared memory by TMA: (descriptor, [row, column], barrier, shared memory).
+copy_in = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+
+__all__ = [
+    "TensorDescriptor",
+    "copy_in",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "tl",
+    "triton",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]

@@ -20,6 +20,7 @@ class Variant(NamedTuple):
     num_warps: int
     num_stages: int
     divisible_by_16: tuple[str, ...] = ()  # pointers and integers that the launcher may assume are multiples of 16
+    maxnreg: int | None = None  # registers of a thread when it begins, where the kernel hands them on
 
     @classmethod
     def of(cls, name: str, kernel: Any, types: dict[str, str], launch: dict[str, Any]) -> "Variant":
@@ -30,4 +31,5 @@ class Variant(NamedTuple):
         signature = {arg: types[arg] for arg in kernel.arg_names if arg not in launch}
         constants = {arg: value for arg, value in launch.items() if arg in kernel.arg_names}
         pointers = tuple(arg for arg, kind in signature.items() if kind.startswith("*"))
-        return cls(name, kernel, signature, constants, launch["num_warps"], launch["num_stages"], pointers)
+        warps, stages, registers = launch["num_warps"], launch.get("num_stages", 1), launch.get("maxnreg")
+        return cls(name, kernel, signature, constants, warps, stages, pointers, registers)
