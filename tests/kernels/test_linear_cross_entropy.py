@@ -115,7 +115,7 @@ def test_the_triton_kernels(extra, dtype, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2, 3, 40])
 @pytest.mark.parametrize("vocabulary", [331, 320])
 def test_programs_that_share_the_vocabulary(vocabulary, splits, dtype, monkeypatch):
-    """Forty of them are more than there are steps to share; of 320 columns, whole steps, not all get the same number."""
+    """Forty are more than there are steps to share; the steps of 320 columns are whole, their shares uneven."""
     monkeypatch.setattr(module, "_shares", lambda *_: (128, splits))
     assert_kernels_are_right(dtype, vocabulary)
 
