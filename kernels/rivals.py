@@ -25,7 +25,8 @@ PAGE = 128  # tokens of a page of FlexAttention's, whose tiles of keys must lie 
 
 
 def compiled(function: Function) -> Function:
-    return torch.compile(function, dynamic=False)
+    """Wholly, or it says so: nothing runs eagerly under the compiler's name."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -136,19 +137,22 @@ def base_products(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor,
     return _Products.apply(x, *(p.w for p in projections))
 
 
+def _with_adapter(layer: torch.nn.Module, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A layer of PEFT's on these tensors, in x.dtype, which is faster than its own choice of fp32 adapters."""
+    tensors = {"base_layer": w, "lora_A.default": a.to(x.dtype), "lora_B.default": b.to(x.dtype)}
+    return torch.func.functional_call(layer, {f"{name}.weight": t for name, t in tensors.items()}, (x,))
+
+
 def peft_linear(
-    x: Tensor, w: Tensor, bias: None, a: Tensor, b: Tensor, scale: float, call: Function = torch.func.functional_call
+    x: Tensor, w: Tensor, bias: None, a: Tensor, b: Tensor, scale: float, call: Function = _with_adapter
 ) -> Tensor:
-    """PEFT's layer on these tensors, in x.dtype, which is faster than its own choice of fp32 adapters."""
-    adapters = {"lora_A.default.weight": a.to(x.dtype), "lora_B.default.weight": b.to(x.dtype)}
-    return call(_peft_layer(*w.shape, len(a), scale), {"base_layer.weight": w, **adapters}, (x,))
+    return call(_peft_layer(*w.shape, len(a), scale), x, w, a, b)
 
 
 def lora_linears() -> dict[str, Function]:
     """Each takes what `lora_matmul` takes, without dropout or bias."""
-    compiled_peft = partial(peft_linear, call=compiled(torch.func.functional_call))
     own = {"eager": lora_matmul_ref, "torch.compile": compiled(lora_matmul_ref)}
-    return own | {"PEFT": peft_linear, "PEFT, torch.compile": compiled_peft}
+    return own | {"PEFT": peft_linear, "PEFT, torch.compile": partial(peft_linear, call=compiled(_with_adapter))}
 
 
 @cache

@@ -4,11 +4,13 @@
     python tools/bench_train.py --prompt-len 128       # loss on the second half of each row
     python tools/bench_train.py --no-checkpointing
     python tools/bench_train.py --random llama-3-8b --device cuda --rows 16 --min-len 100 --row-len 2000 --tuned
+    python tools/bench_train.py --random qwen1.5-72b --layers 8 --device cuda --rows 16 --row-len 1024 --tuned
 
 SmolLM2-135M, bf16 with fp32 adapters, all linears, r 8, dropout 0.05, AdamW, clipping; 4 rows of 256 tokens a step, so
-that peft pads nothing. With --random the model has the shape of a preset and random weights. --tuned adds peft as an
-expert would run it: rows packed into one without padding, cuDNN's attention, torch.compile. Each side has its own
-process; they take turns. The first losses must agree.
+that peft pads nothing. With --random the model has the shape of a preset and random weights; --layers cuts it to its
+first layers, a true slice of a model that is too large. --tuned adds peft as an expert would run it: rows packed into
+one without padding, cuDNN's attention, torch.compile. Each side has its own process; they take turns. The losses before
+the first step must agree.
 """
 
 import argparse
@@ -28,32 +30,43 @@ def rows(args: argparse.Namespace) -> list[list[int]]:
     return [[rng.randrange(1000, 20000) for _ in range(n)] for n in lens]
 
 
+def architecture(args: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of the preset --random, cut to --layers."""
+    from isheep.config import model_preset
+
+    preset = model_preset(args.random)
+    if preset is None:
+        raise SystemExit(f"--random {args.random}: there is no such file in configs/models")
+    return preset.architecture | ({"num_hidden_layers": args.layers} if args.layers else {})
+
+
 def fill(model: Any) -> None:
-    """Random weights that follow from each parameter's name, so that all sides have the same."""
+    """Random weights that follow from each parameter's name, so that all sides have the same.
+
+    Products keep their inputs' size, and logits spread so far that another model would have another loss.
+    """
     import torch
 
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
+        if parameter.dim() == 1:
             torch.nn.init.constant_(parameter, float("norm" in name))
         else:
+            spread = 3.0 if "embed" in name or "lm_head" in name else 1.0
             generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()))
-            parameter.data.normal_(0, 0.02, generator=generator)
+            parameter.data.normal_(0, spread / parameter.shape[1] ** 0.5, generator=generator)
 
 
 def isheep_model(args: argparse.Namespace) -> Any:
     import torch
 
     from isheep.cli import open_named
-    from isheep.config import model_preset
     from isheep.model.config import ModelConfig
     from isheep.model.transformer import Transformer
 
     if not args.random:
         return open_named(args.model, args.dtype, args.device).model
-    preset = model_preset(args.random)
-    assert preset is not None, f"{args.random} is not in configs/models"
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_dict(preset.architecture)).to(getattr(torch, args.dtype))
+        model = Transformer(ModelConfig.from_dict(architecture(args))).to(getattr(torch, args.dtype))
     model.to_empty(device=args.device)
     fill(model)
     return model
@@ -63,16 +76,15 @@ def peft_model(args: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from isheep.config import model_preset
     from isheep.model.weights import resolve
 
     dtype = getattr(torch, args.dtype)
     if not args.random:
         return AutoModelForCausalLM.from_pretrained(resolve(args.model), dtype=dtype).to(args.device)
-    preset = model_preset(args.random)
-    assert preset is not None, f"{args.random} is not in configs/models"
-    config = AutoConfig.for_model(**{"model_type": "llama"} | preset.architecture)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(args.device)
+    shape = architecture(args)
+    kind = shape["architectures"][0].removesuffix("ForCausalLM").lower()
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=dtype)
     fill(model)
     return model
 
@@ -95,9 +107,12 @@ def isheep(args: argparse.Namespace) -> None:
     trainer = Trainer(model, adapter, examples, [], cfg, 0)
     steps = iter(trainer.steps)
 
+    losses = []
+
     def play() -> Round:
         row = trainer.step(next(steps))
-        return Round(row["num_tokens"], row["loss"])
+        losses.append(row["loss"])
+        return Round(row["num_tokens"], losses[0])
 
     with trainer.training():
         if args.profile:
@@ -126,13 +141,16 @@ def peft(args: argparse.Namespace, tuned: bool = False) -> None:
     forward = torch.compile(model) if tuned else model
     attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if tuned and args.device == "cuda" else nullcontext()
 
+    losses = []
+
     def play() -> Round:
         loss = forward(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return Round(num_tokens, loss.item())
+        losses.append(loss.item())
+        return Round(num_tokens, losses[0])
 
     with attention:
         serve(play, args.device)
@@ -183,6 +201,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--random", help="a preset of configs/models, with random weights, instead of --model")
+    p.add_argument("--layers", type=int, help="of --random; default: all that the preset has")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--dropout", type=float, default=0.05)
@@ -205,7 +224,7 @@ def main() -> None:
         SIDES[args.side](args)
     else:
         sides = [side for side in SIDES if side != "peft_tuned" or args.tuned]
-        contest({side: [sys.executable, *sys.argv, "--side", side] for side in sides}, args.rounds, tolerance=0.01)
+        contest({side: [sys.executable, *sys.argv, "--side", side] for side in sides}, args.rounds, tolerance=0.002)
 
 
 if __name__ == "__main__":
