@@ -12,7 +12,9 @@ all graphs, which is never in use twice at a time; it comes out of the tenth of 
 What keys a graph. Launches have the number of rows and, in attention, the number of splits built in. Rows are padded
 to a few numbers (`padded_rows`) by tokens that write to a spare block of the cache. Splits are chosen for the longest
 context rounded up to a power of two, and those that a shorter context leaves empty are no mistake. An adapter has other
-tensors than the next, and other copies in each version: a graph serves the one it was recorded for.
+tensors than the next, and other copies in each version: a graph serves the one it was recorded for. A new version drops
+all graphs and not its own alone, for torch frees what cuBLAS works in for all graphs of a stream together with any one
+of them (pytorch/pytorch#193402); nor do two samplers share a stream.
 
 When. A graph is recorded when its key is first met, after a pass that compiles its kernels. Steps with prompts in them,
 with two adapters or more than MAX_ROWS rows have work enough to hide their launches behind.
@@ -69,10 +71,10 @@ class Passes:
             width = -(-model.config.context_len // cfg.block_size)
             self._inputs = _padding(cache, self._max_rows, width).to(model.device)
             self._padding = _padding(cache, MOST_PADDING, width)
-            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(model.device)  # to record on; graphs run where they are called
 
     def close(self) -> None:
-        """Drop the graphs; the cache that they write to goes with the last reference to it."""
+        """Drop the graphs. The cache that they write to goes after them, with the last reference to it."""
         self._graphs.clear()
 
     def __call__(self, batch: PackedBatch, salts: Salts) -> Tensor:
@@ -85,7 +87,8 @@ class Passes:
         key = rows, ops.decode_splits(self.cache.k, rows, context_len), salts[adapter]
         self._copy_in(batch, rows)
         if key not in self._graphs:
-            self._graphs = {key: graph for key, graph in self._graphs.items() if key[2] in salts.values()}
+            if not {salt for _, _, salt in self._graphs} <= set(salts.values()):
+                self._graphs.clear()
             self._graphs[key] = self._record(_first(self._inputs, rows, context_len).with_adapter(adapter))
         graph, hidden, _ = self._graphs[key]
         graph.replay()
@@ -118,8 +121,9 @@ class Passes:
         self.model(batch, self.cache)  # compiles kernels and casts the adapter, which a capture cannot
         adapter = self.model.adapters[batch.adapters[0][0]] if batch.adapters else None
         reads = [pair.cast(self.model.dtype) for pair in adapter.pairs.values()] if adapter else []
+        pool = next((other.graph.pool() for other in self._graphs.values()), None)  # None: a new one
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool, self._stream):
             hidden = self.model(batch, self.cache)
         return _Graph(graph, hidden, reads)
 

@@ -2,7 +2,8 @@
 
 It is as strict as the real thing, or stricter. While capturing nothing is computed, nothing may be asked of a tensor,
 and no kernel may be launched that has not been compiled by a launch before. Between two replays everything that any
-graph of a pool has made is garbage.
+graph of a pool has made is garbage. When a graph is dropped, all others of its stream are of no more use, as they share
+what cuBLAS works in, and a pool whose graphs are all gone is gone.
 """
 
 from collections import Counter
@@ -28,13 +29,27 @@ class Graph:
     def __init__(self, cuda: "Cuda") -> None:
         self.cuda = cuda
         self.calls: list[tuple[str, Callable[[], None]]] = []  # a name, and how it is done again
-        self.pool: list[torch.Tensor] = []
+        self.made: Pool = Pool()
+        self.stream: object = None
+        self.works = True
+
+    def pool(self) -> "Pool":
+        return self.made
 
     def replay(self) -> None:
+        assert self.works, "another graph of this stream was dropped"
         self.cuda.num_replays += 1
-        spoil(self.pool)
+        spoil(self.made)
         for _, call in self.calls:
             call()
+
+    def __del__(self) -> None:
+        for other in self.cuda.alive:
+            other.works &= other.stream is not self.stream
+
+
+class Pool(list[torch.Tensor]):
+    """What the graphs that share it have made."""
 
 
 def spoil(tensors: list[torch.Tensor]) -> None:
@@ -68,7 +83,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         inputs = {address(x) for x in tensors_in(args, kwargs)}
         made = [x for x in tensors_in(out) if address(x) not in inputs]  # others are views
-        self.graph.pool += made
+        self.graph.made += made
         if made and not name.startswith(("empty", "new_empty")):
             assert made == [out], f"{name} has several results"
 
@@ -95,22 +110,25 @@ class Cuda:
         self._launch = GridExecutor.__call__
         monkeypatch.setattr(GridExecutor, "__call__", lambda launch, *args, **kwargs: self._run(launch, args, kwargs))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", list)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
         for name in ("tolist", "item", "cpu", "numpy", "__bool__"):  # on the host these read past torch's dispatcher
             monkeypatch.setattr(torch.Tensor, name, self._refused(name, getattr(torch.Tensor, name)))
 
     @contextmanager
-    def capture(self, graph: Graph, pool: list[torch.Tensor]):
+    def capture(self, graph: Graph, pool: Pool | None = None, stream: object = None):
+        assert pool is None or any(pool is other.made for other in self.alive), "this pool is gone"
         self._recorder = Recorder(graph)
         try:
             with self._recorder:
                 yield
         finally:
             self._recorder = None
-        pool += graph.pool
-        graph.pool = pool
+        if pool is not None:
+            pool += graph.made
+            graph.made = pool
+        graph.stream = stream
         self.captured.append(Counter(name for name, _ in graph.calls))
         self.alive.add(graph)
 

@@ -82,17 +82,17 @@ def test_rows_and_contexts_change(model, tokenizer, request):
     # five rows, then three, two and one; the first one's context passes 64, and so two splits become four
     lens = [("a", 61, 7), ("b", 3, 3), ("c", 5, 6), ("d", 1, 3), ("e", 2, 5)]
     shrinking = [ask(*each, "one") for each in lens]
-    # three rows again, in other blocks: shorter contexts, and one of 49, whose second split of 64 is empty
-    short = [ask(*each, "one") for each in [("f", 47, 3), ("g", 4, 3), ("h", 1, 3)]]
+    # three rows again, in other blocks, with contexts up to 97: as many splits, of which two and more are empty
+    again = [ask(*each, "one") for each in [("f", 95, 3), ("g", 4, 3), ("h", 1, 3)]]
     sampler = Sampler(model, tokenizer, CFG)
-    expected = texts(sampler, shrinking), texts(sampler, short)
+    expected = texts(sampler, shrinking), texts(sampler, again)
 
     cuda = request.getfixturevalue("cuda")
     sampler = Sampler(model, tokenizer, CFG)
     assert texts(sampler, shrinking) == expected[0]
     assert len(cuda.captured) == 5  # (rows, splits): (8, 2), (4, 2), (4, 4), (2, 4), (1, 4)
     assert cuda.num_replays == sampler.stats.num_steps - 1 == 6  # all but the prompts' step
-    assert texts(sampler, short) == expected[1]
+    assert texts(sampler, again) == expected[1]
     assert len(cuda.captured) == 5 and cuda.num_replays == 8
     assert cuda.captured[0] == a_pass("_lora_product_kernel", is_split=True)
     sampler.close()
@@ -122,7 +122,9 @@ def test_adapters_change(model, tokenizer, request):
     train(model)
     assert texts(sampler, adapted) == expected[3]
     assert (len(cuda.captured), cuda.num_replays) == (3, 9)
-    assert len(cuda.alive) == 2  # the old version's is gone
+    assert len(cuda.alive) == 1  # the old version's is gone, and the base's with it
+    assert texts(sampler, base) == expected[0]
+    assert (len(cuda.captured), cuda.num_replays) == (4, 12)
     assert cuda.captured[0] == a_pass("linear", is_split=False)
 
 
@@ -144,12 +146,12 @@ def test_padded_rows():
 
 
 def test_the_fake_replays_on_the_same_tensors_with_the_same_numbers(cuda: Cuda):
-    x, pool, number = torch.ones(3), torch.cuda.graph_pool_handle(), 2
+    x, number = torch.ones(3), 2
     swiglu(x[None], x[None])
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first, pool=pool):
+    with torch.cuda.graph(first):
         y = swiglu((x * number)[None], x[None])
-    with torch.cuda.graph(second, pool=pool):
+    with torch.cuda.graph(second, first.pool()):
         z = x + 1
     assert y.isnan().all()  # nothing was computed
     x.fill_(3.0)
@@ -158,6 +160,9 @@ def test_the_fake_replays_on_the_same_tensors_with_the_same_numbers(cuda: Cuda):
     assert torch.equal(y, swiglu(torch.full((1, 3), 6.0), x[None]))
     second.replay()
     assert y.isnan().all() and torch.equal(z, torch.full((3,), 4.0))
+    del second
+    with pytest.raises(AssertionError, match="dropped"):
+        first.replay()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,6 @@ def test_the_fake_replays_on_the_same_tensors_with_the_same_numbers(cuda: Cuda):
     ids=["item", "tolist", "tensor", "mask", "bool", "compile"],
 )
 def test_the_fake_refuses(cuda: Cuda, forbidden):
-    x, pool = torch.ones(3), torch.cuda.graph_pool_handle()
-    with pytest.raises(AssertionError, match="while capturing"), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match="while capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         forbidden(x)
