@@ -9,8 +9,8 @@
 SmolLM2-135M, bf16 with fp32 adapters, all linears, r 8, dropout 0.05, AdamW, clipping; 4 rows of 256 tokens a step, so
 that peft pads nothing. With --random the model has the shape of a preset and random weights; --layers cuts it to its
 first layers, a true slice of a model that is too large. --tuned adds peft as an expert would run it: rows packed into
-one without padding, cuDNN's attention, torch.compile. Each side has its own process; they take turns. The losses before
-the first step must agree.
+one without padding, cuDNN's attention wherever it can serve, torch.compile. Each side has its own process; they take
+turns. Their losses before the first step must agree.
 """
 
 import argparse
@@ -139,7 +139,9 @@ def peft(args: argparse.Namespace, tuned: bool = False) -> None:
     num_tokens = sum(map(len, rows(args)))
     batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
     forward = torch.compile(model) if tuned else model
-    attention = sdpa_kernel([SDPBackend.CUDNN_ATTENTION]) if tuned and args.device == "cuda" else nullcontext()
+    best_first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    forced = tuned and args.device == "cuda"
+    attention = sdpa_kernel(best_first, set_priority=True) if forced else nullcontext()
 
     losses = []
 
