@@ -274,7 +274,7 @@ def _attention_paged_kernel(
             tl.store(lse_ptr + rows, float("-inf"), mine)
             return
     scale *= LOG2E
-    tables_ptr += seq.to(tl.int64) * table_width
+    tables_ptr += tl.cast(seq, tl.int64) * table_width  # seq may be a plain 0 in the interpreter
     peak, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     y = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in range(begin, end, BLOCK_N):

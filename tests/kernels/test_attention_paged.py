@@ -181,7 +181,7 @@ def test_the_triton_kernel(chunks, layout, dtype):
 
 @INTERPRETED
 @pytest.mark.parametrize("num_splits", [2, 5])  # of five, some are empty, and some end before a query's first key
-@pytest.mark.parametrize("chunks", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("chunks", [DECODE, MIXED, [(22, 70)]], ids=["decode", "mixed", "one sequence"])
 def test_split_keys_are_joined(chunks, num_splits, dtype):
     inputs = filled_cache(chunks, (3, 1, 80, 16), dtype)
     assert_as_good_as(run(inputs, num_splits), run_ref(inputs, dtype), run_ref(inputs, torch.float64))
