@@ -78,6 +78,19 @@ def test_texts(name, tmp_path, replays):
     assert len(replays) >= 3 * 39 and len(set(map(id, replays))) <= 3 * 6
 
 
+@pytest.mark.parametrize("adapter", [None, "one"])
+def test_more_rows_than_one_launch_multiplies(adapter, tmp_path, replays):
+    write_tiny_tokenizer(tmp_path)
+    tokenizer, params = load_tokenizer(tmp_path), replace(PARAMS, max_tokens=6)
+    asked = [Request(str(i), (5 + i, *range(i % 5)), params, adapter) for i in range(70)]  # padded to 72
+    found = []
+    for model in (adapted("qwen2_mha"), adapted("qwen2_mha").cuda()):
+        sampler = Sampler(model, tokenizer, replace(CFG, max_num_seqs=80))
+        found.append([completion.token_ids for completion in sampler.generate(asked)])
+        sampler.close()
+    assert found[0] == found[1] and len(replays) == 5
+
+
 def test_a_closed_sampler_leaves_no_memory(tmp_path):
     write_tiny_tokenizer(tmp_path)
     tokenizer, model = load_tokenizer(tmp_path), adapted("llama_gqa").cuda()
