@@ -51,7 +51,7 @@ class Band(NamedTuple):
     @classmethod
     def of(cls, ratios: Iterable[float]) -> "Band":
         ratios = list(ratios)
-        low, *_, high = quantiles(ratios, n=5)
+        low, *_, high = quantiles(ratios, n=5, method="inclusive")
         return cls(median(ratios), low, high)
 
     def __str__(self) -> str:

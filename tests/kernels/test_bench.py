@@ -64,9 +64,10 @@ def test_each_case_is_checked_against_its_definition(op, small):
 def test_every_op_with_a_kernel_has_cases_a_test_and_a_row():
     tests, kernels = Path(__file__).parent, Path(bench.__file__).parent
     rows = re.findall(r"^\| `(\w+)`", (kernels / "README.md").read_text(), re.MULTILINE)
-    for op in ops():
-        assert op in OPS and op in rows and (tests / f"test_{op}.py").exists()
-    assert set(OPS) == set(ops())
+    parts = {"attention_hopper": "attention_packed"}  # one chip's kernels of an op
+    for module in ops():
+        assert parts.get(module, module) in rows and (tests / f"test_{module}.py").exists()
+    assert set(OPS) == {parts.get(module, module) for module in ops()}
 
 
 def alone(case: Case) -> list[str]:
@@ -82,9 +83,12 @@ def test_every_rival_that_runs_here_does_the_same_work(op, small):
         for name in case.rivals.keys() - alone(case):
             if bench.runs(case, name, inputs):
                 ran.add(name)
-                assert is_right(case._replace(ours=case.rivals[name]), inputs), (case.shape, name)
+                theirs, wanted = (ready(case, f, inputs)() for f in (case.rivals[name], case.reference))
+                for got, want in zip(theirs, wanted, strict=True):  # not all are as exact as is asked of ours
+                    assert (got - want).abs().max() <= 0.01 * want.abs().max(), (case.shape, name)
             else:
                 left_out.add(f"{name}, {case.passes}")
+        bench.release()
     missing = {name for name in left_out if not name.startswith("FlexAttention, both")}
     assert ran and {name.split(",")[0] for name in missing} == (NOT_ON_A_CPU if op == "attention_packed" else set())
 
@@ -173,7 +177,7 @@ def test_functions_are_timed_in_turns():
 
 
 def test_a_band_holds_the_middle_of_its_ratios():
-    assert str(Band.of(range(1, 10))) == "5.000 (2.000–8.000)"
+    assert str(Band.of(range(1, 12))) == "6.000 (3.000–9.000)"
 
 
 def test_goals_are_held_against_the_rows_that_are_theirs(capsys):
