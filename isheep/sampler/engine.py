@@ -293,8 +293,8 @@ class Sampler:
 def num_cache_blocks(model: Transformer, cfg: SamplerConfig) -> int:
     """Blocks that the memory set aside for the cache holds, and no more than max_num_seqs full contexts could use.
 
-    Unset, it is nine tenths of the free memory on a GPU, the rest being for passes and their graphs, and on a CPU half of
-    it, shared by the ranks that are there. Raises UserError where not one block fits.
+    Unset, it is nine tenths of the free memory on a GPU, the rest being for passes and their graphs, and on a CPU half
+    of it, shared by the ranks that are there. Raises UserError where not one block fits.
     """
     block_bytes = KVCache.block_bytes(model.config, cfg.block_size, model.dtype)
     if cfg.kv_cache_gib is not None:
