@@ -301,7 +301,9 @@ def _attention_packed_dkdv_kernel(
             # Products that start from -delta and -lse leave those in no registers of their own.
             dp = matmul(v, dy.T, tl.broadcast_to(-delta[None, :], [BLOCK_N, BLOCK_M]))
             s = matmul(k, q.T, tl.broadcast_to(-lse[None, :], [BLOCK_N, BLOCK_M]))
-            p = tl.where(keys[:, None] <= rows[None, :], tl.exp2(s * (scale * LOG2E)), 0.0)
+            p = tl.exp2(s * (scale * LOG2E))
+            if m < n + BLOCK_N:  # the diagonal; a branch, since a loop of its own would spill registers
+                p = tl.where(keys[:, None] <= rows[None, :], p, 0.0)
             dv = matmul(p.to(q.dtype), dy, dv)
             ds = (p * dp).to(q.dtype)
             dk = matmul(ds, q, dk)
@@ -335,7 +337,8 @@ def _attention_packed_dq_kernel(
         k = _load(k_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
         v = _load(v_ptr, start, n, length, heads // GROUP, head // GROUP, D, BLOCK_N, BLOCK_D)
         p = tl.exp2((matmul(q, k.T) - lse[:, None]) * (scale * LOG2E))
-        p = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
+        if n >= m:  # the diagonal
+            p = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], p, 0.0)
         ds = p * (matmul(dy, v.T) - delta[:, None])
         dq = matmul(ds.to(k.dtype), k, dq)
     _store(dq_ptr, dq * scale, start, m, length, heads, head, D, BLOCK_M, BLOCK_D)

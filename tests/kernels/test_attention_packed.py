@@ -88,9 +88,12 @@ def test_the_triton_kernels(heads, kv_heads, head_dim, deterministic, dtype):
 
 
 @INTERPRETED
-def test_whole_tiles_are_not_masked_and_still_right(dtype):
+@pytest.mark.parametrize("deterministic", [False, True], ids=["one_sweep", "two_sweeps"])
+@pytest.mark.parametrize("head_dim", [64, 128])  # backward's tiles: fewer queries than keys, as many
+def test_whole_tiles_are_not_masked_and_still_right(head_dim, deterministic, dtype):
     lens = (130, 64)  # two whole tiles of keys for the last queries, and none left over
-    assert_kernel_is_as_good_as(*kernels(lens, 64), *packed_problem(lens, 1, 1, 64, dtype))
+    problem = packed_problem(lens, 2, 1, head_dim, dtype)
+    assert_kernel_is_as_good_as(*kernels(lens, head_dim, deterministic), *problem)
 
 
 @triton.jit
