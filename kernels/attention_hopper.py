@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from isheep_kernels.attention_packed import LOG2E, capability, find_tile, num_tiles
-from isheep_kernels.lang import TensorDescriptor, copy_in, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from isheep_kernels.lang import (
+    TensorDescriptor, copy_in, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait,
+)  # fmt: skip
 from isheep_kernels.variant import TYPES, Variant
 
 ROWS = gl.constexpr(64)  # of a warpgroup's product
@@ -49,6 +51,31 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -
     return y, lse
 
 
+def serves_backward(q: Tensor) -> bool:
+    """Whether `backward` takes q [T, H, D], too."""
+    return serves(q) and q.shape[2] == 128
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, lse: Tensor, delta: Tensor, cu_seqlens: Tensor, scale: float,
+    dq: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv [T, G, D] from y's gradient dy [T, H, D], forward's lse and delta [H, T] = Σ_d dy y, fp32 both.
+
+    dq [T, H, D] fp32 is added to, by atomics: its last bits change from run to run. None leaves it out.
+    """
+    (T, H, D), G, dk, dv = q.shape, k.shape[1], torch.empty_like(k), torch.empty_like(v)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    jobs = num_tiles(T, cu_seqlens, BLOCK_N.value) * G
+    constants = _constants(D, H // G) | {"ADD_DQ": dq is not None}
+    if T:
+        _attention_hopper_backward_kernel[(min(jobs, _programs(q)),)](
+            *(_desc(x, ROWS.value) for x in (q, k, v, dy)), lse, delta, dq, dk, dv, cu_seqlens, counter,
+            T, len(cu_seqlens) - 1, G, jobs, scale, **constants,
+        )  # fmt: skip
+    return dk, dv
+
+
 def _desc(x: Tensor, rows: int) -> Any:
     """x [T, N, D] as [T, N · D], of which TMA copies [rows, D] at a time."""
     block = [rows, x.shape[2]]
@@ -75,61 +102,71 @@ def _constants(head_dim: int, group: int) -> dict[str, int]:
 
 
 # ---- rings -----------------------------------------------------------------------------------------------------------
-# A ring is (slots, full, empty). A slot's turn counts how often it was used before: it gives the phase of its barriers.
+# A ring is (full, empty), a barrier each for every slot. A slot's turn, how often it was used before, says their phase.
 
 
 @gluon.jit
-def _ring(slots, READERS: gl.constexpr):
-    SLOTS: gl.constexpr = slots.shape[0]
+def _ring(SLOTS: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=WRITERS)
         mbarrier.init(empty.index(slot), count=READERS)
-    return slots, full, empty
+    return full, empty
 
 
 @gluon.jit
-def _fill(ring, slot, turn, desc, row, column):
-    """Begin to copy a block of `desc` into a slot, once all have read what was there."""
-    slots, full, empty = ring
-    tile = slots.index(slot)
-    SIZE: gl.constexpr = tile.shape[0] * tile.shape[1] * 2  # bytes
+def _claim(ring, slot, turn):
+    """Wait until all have read what was in the slot."""
+    _, empty = ring
     mbarrier.wait(empty.index(slot), turn & 1 ^ 1)
-    mbarrier.expect(full.index(slot), SIZE)
-    copy_in(desc, [row, column], full.index(slot), tile)
 
 
 @gluon.jit
-def _filled(ring, slot, turn):
-    """A slot's tile, once it is there."""
-    slots, full, _ = ring
+def _expect(ring, slot, num_bytes: gl.constexpr):
+    """Say what will have come when the slot is full. -> the barrier that copies are to tell."""
+    full, _ = ring
+    mbarrier.expect(full.index(slot), num_bytes)
+    return full.index(slot)
+
+
+@gluon.jit
+def _commit(ring, slot):
+    """Say that a slot is full that was written by stores."""
+    full, _ = ring
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def _await(ring, slot, turn):
+    """Wait until the slot is full."""
+    full, _ = ring
     mbarrier.wait(full.index(slot), turn & 1)
-    return slots.index(slot)
 
 
 @gluon.jit
 def _release(ring, slot):
-    _, _, empty = ring
+    """Say that this consumer has read the slot."""
+    _, empty = ring
     mbarrier.arrive(empty.index(slot), count=1)
 
 
 @gluon.jit
-def _announce(jobs, count, job):
+def _announce(jobs, ring, count, job):
     """The producer's next job, or one past the last, to all consumers."""
-    slots, full, empty = jobs
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    mbarrier.wait(empty.index(count % 2), count // 2 & 1 ^ 1)
-    slots.index(count % 2).store(gl.full([1], job, gl.int32, layout))
-    mbarrier.arrive(full.index(count % 2), count=1)
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    _claim(ring, count % 2, count // 2)
+    jobs.index(count % 2).store(gl.full([1], job, gl.int32, layout))
+    _commit(ring, count % 2)
 
 
 @gluon.jit
-def _next(jobs, count):
+def _next(jobs, ring, count):
     """The job that was announced."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    job = gl.max(_filled(jobs, count % 2, count // 2).load(layout), 0)
-    _release(jobs, count % 2)
+    _await(ring, count % 2, count // 2)
+    job = gl.max(jobs.index(count % 2).load(layout), 0)
+    _release(ring, count % 2)
     return job
 
 
@@ -144,26 +181,31 @@ def _query_tile(cu_ptr, num_seqs, tile):
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, counter_ptr, work, rings, GROUP: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, counter_ptr, work, tiles, rings, GROUP: gl.constexpr, D: gl.constexpr):
     cu_ptr, num_seqs, heads, num_jobs = work
-    q, k, v, jobs = rings
-    D: gl.constexpr = q_desc.block_shape[1]
-    SLOTS: gl.constexpr = k[0].shape[0]
+    q, k, v, jobs = tiles
+    q_ring, k_ring, v_ring, job_ring = rings
+    SLOTS: gl.constexpr = k.shape[0]
     job, done, filled = gl.program_id(0), 0, 0
     while job < num_jobs:
         start, _, m = _query_tile(cu_ptr, num_seqs, job // heads)
         if m >= 0:
-            _announce(jobs, done, job)
+            _announce(jobs, job_ring, done, job)
             head = job % heads
             for part in gl.static_range(CONSUMERS):
-                _fill(q, part, done, q_desc, start + m + part * ROWS, head * D)
+                _claim(q_ring, part, done)
+                barrier = _expect(q_ring, part, ROWS * D * 2)
+                copy_in(q_desc, [start + m + part * ROWS, head * D], barrier, q.index(part))
             for n in range(m, -1, -BLOCK_N):
-                _fill(k, filled % SLOTS, filled // SLOTS, k_desc, start + n, head // GROUP * D)
-                _fill(v, filled % SLOTS, filled // SLOTS, v_desc, start + n, head // GROUP * D)
+                slot, turn, place = filled % SLOTS, filled // SLOTS, [start + n, head // GROUP * D]
+                _claim(k_ring, slot, turn)
+                copy_in(k_desc, place, _expect(k_ring, slot, BLOCK_N * D * 2), k.index(slot))
+                _claim(v_ring, slot, turn)
+                copy_in(v_desc, place, _expect(v_ring, slot, BLOCK_N * D * 2), v.index(slot))
                 filled += 1
             done += 1
         job = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-    _announce(jobs, done, job)
+    _announce(jobs, job_ring, done, job)
 
 
 @gluon.jit
@@ -176,23 +218,24 @@ def _soften(s, peak, total, scale):
 
 
 @gluon.jit
-def _consume(y_ptr, lse_ptr, num_tokens, scale, work, rings, PART: gl.constexpr, D: gl.constexpr):
+def _consume(y_ptr, lse_ptr, num_tokens, scale, work, tiles, rings, PART: gl.constexpr, D: gl.constexpr):
     """y and lse of ROWS queries of each job, over blocks of keys from the diagonal, which alone has a mask, to the first.
 
     The scores of a block are multiplied first, so that its softmax runs beside the product of the block before with v.
     """
     cu_ptr, num_seqs, heads, num_jobs = work
-    q, k, v, jobs = rings
-    SLOTS: gl.constexpr = k[0].shape[0]
+    q, k, v, jobs = tiles
+    q_ring, k_ring, v_ring, job_ring = rings
+    SLOTS: gl.constexpr = k.shape[0]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 2)
     y_rows: gl.constexpr = gl.SliceLayout(1, y_layout)
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
     scale *= LOG2E
     none = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    mine = q.index(PART)
     done, i = 0, 0  # jobs, and blocks of keys of all jobs
-    job = _next(jobs, done)
+    job = _next(jobs, job_ring, done)
     while job < num_jobs:
         start, length, m = _query_tile(cu_ptr, num_seqs, job // heads)
         head, first = job % heads, m + PART * ROWS
@@ -202,51 +245,51 @@ def _consume(y_ptr, lse_ptr, num_tokens, scale, work, rings, PART: gl.constexpr,
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
         y = gl.zeros([ROWS, D], gl.float32, y_layout)
 
-        mine = _filled(q, PART, done)
-        k_tile = _filled(k, i % SLOTS, i // SLOTS)
-        s = warpgroup_mma(mine, k_tile.permute((1, 0)), none, use_acc=False)
-        _release(k, i % SLOTS)
+        _await(q_ring, PART, done)
+        _await(k_ring, i % SLOTS, i // SLOTS)
+        s = warpgroup_mma(mine, k.index(i % SLOTS).permute((1, 0)), none, use_acc=False)
+        _release(k_ring, i % SLOTS)
         s = gl.where(rows[:, None] >= keys[None, :], s, float("-inf"))
         p, _, total, peak = _soften(s, peak, total, scale)
-        p = gl.convert_layout(p.to(v[0].dtype), p_layout)
-        v_tile = _filled(v, i % SLOTS, i // SLOTS)
+        p = gl.convert_layout(p.to(v.dtype), p_layout)
+        _await(v_ring, i % SLOTS, i // SLOTS)
         for _ in range(m // BLOCK_N):
             slot, turn = (i + 1) % SLOTS, (i + 1) // SLOTS
-            k_tile = _filled(k, slot, turn)
-            s_later = warpgroup_mma(mine, k_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-            y_later = warpgroup_mma(p, v_tile, y, is_async=True)
+            _await(k_ring, slot, turn)
+            s_later = warpgroup_mma(mine, k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+            y_later = warpgroup_mma(p, v.index(i % SLOTS), y, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_later])
-            _release(k, slot)
+            _release(k_ring, slot)
             p_next, shrink, total, peak = _soften(s, peak, total, scale)
-            p_next = gl.convert_layout(p_next.to(v[0].dtype), p_layout)
-            # Waiting for v here, before its time, is a fence: else the wait below is moved ahead of the softmax.
-            v_tile = _filled(v, slot, turn)
+            p_next = gl.convert_layout(p_next.to(v.dtype), p_layout)
+            _await(v_ring, slot, turn)  # not needed yet, but the compiler moves the next wait before a softmax, not this
             y, p, _ = warpgroup_mma_wait(0, deps=[y_later, p_next, p])  # p is in use till then
-            _release(v, i % SLOTS)
+            _release(v_ring, i % SLOTS)
             y *= gl.convert_layout(shrink, y_rows)[:, None]
             i += 1
-        _release(q, PART)
-        y_later = warpgroup_mma(p, v_tile, y, is_async=True)
+        _release(q_ring, PART)
+        y_later = warpgroup_mma(p, v.index(i % SLOTS), y, is_async=True)
         y, _ = warpgroup_mma_wait(0, deps=[y_later, p])
-        _release(v, i % SLOTS)
+        _release(v_ring, i % SLOTS)
         i += 1
 
-        y = gl.convert_layout((y / gl.convert_layout(total, y_rows)[:, None]).to(v[0].dtype), out_layout)
-        _store_rows(y_ptr, y, start, first, length, heads, head, out_layout)
+        y = (y / gl.convert_layout(total, y_rows)[:, None]).to(v.dtype)
+        _store_rows(y_ptr, y, start, first, length, heads, head)
         at = num_tokens.to(gl.int64) * head + start
         gl.store(lse_ptr + at + rows, (peak + gl.log2(total)) / scale, rows < length)
         done += 1
-        job = _next(jobs, done)
+        job = _next(jobs, job_ring, done)
 
 
 @gluon.jit
-def _store_rows(ptr, x, start, first, length, heads, head, layout: gl.constexpr):
+def _store_rows(ptr, x, start, first, length, heads, head):
     """x [ROWS, D] to rows first .. of the sequence at token `start`, as far as it goes, of a [*, heads, D] tensor."""
     D: gl.constexpr = x.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
     rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     at = ((start + rows).to(gl.int64) * heads + head) * D
     dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    gl.store(ptr + at[:, None] + dims[None, :], x, (rows < length)[:, None])
+    gl.store(ptr + at[:, None] + dims[None, :], gl.convert_layout(x, layout), (rows < length)[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_seqs", "num_jobs"])
@@ -255,20 +298,185 @@ def _attention_hopper_kernel(
     GROUP: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """y [T, H, D] and lse [H, T] / scale. Grid: programs; job i is tile i // H of head i % H."""
-    dtype: gl.constexpr = q_desc.dtype
-    q = _ring(gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], q_desc.layout), 1)
-    k = _ring(gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, D], k_desc.layout), CONSUMERS)
-    v = _ring(gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, D], v_desc.layout), CONSUMERS)
-    jobs = _ring(gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])), CONSUMERS)
-    work, rings = (cu_ptr, num_seqs, heads, num_jobs), (q, k, v, jobs)
+    q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, ROWS, D], q_desc.layout)
+    k = gl.allocate_shared_memory(q_desc.dtype, [SLOTS, BLOCK_N, D], k_desc.layout)
+    v = gl.allocate_shared_memory(q_desc.dtype, [SLOTS, BLOCK_N, D], v_desc.layout)
+    jobs = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    rings = (_ring(CONSUMERS, 1), _ring(SLOTS, CONSUMERS), _ring(SLOTS, CONSUMERS), _ring(2, CONSUMERS))
+    work, tiles = (cu_ptr, num_seqs, heads, num_jobs), (q, k, v, jobs)
     gl.warp_specialize(
         [
-            (_consume, (y_ptr, lse_ptr, num_tokens, scale, work, rings, 0, D)),
-            (_consume, (y_ptr, lse_ptr, num_tokens, scale, work, rings, 1, D)),
-            (_produce, (q_desc, k_desc, v_desc, counter_ptr, work, rings, GROUP)),
+            (_produce, (q_desc, k_desc, v_desc, counter_ptr, work, tiles, rings, GROUP, D)),
+            (_consume, (y_ptr, lse_ptr, num_tokens, scale, work, tiles, rings, 0, D)),
+            (_consume, (y_ptr, lse_ptr, num_tokens, scale, work, tiles, rings, 1, D)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+    )
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _key_tile(cu_ptr, num_seqs, tile):
+    """-> a tile's sequence: its first token, its length; and its first key, past the end where there is no such tile."""
+    _, start, length, tile = find_tile(cu_ptr, num_seqs, tile, BLOCK_N)
+    return start, length, tile * BLOCK_N
+
+
+@gluon.jit
+def _produce_backward(
+    q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr, work, tiles, rings,
+    GROUP: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    cu_ptr, num_seqs, kv_heads, num_jobs = work
+    q, dy, lse, delta, k, v, _, jobs = tiles
+    query_ring, key_ring, _, job_ring = rings
+    SLOTS: gl.constexpr = q.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    job, done, filled = gl.program_id(0), 0, 0
+    while job < num_jobs:
+        start, length, n = _key_tile(cu_ptr, num_seqs, job // kv_heads)
+        if n < length:
+            _announce(jobs, job_ring, done, job)
+            kv = job % kv_heads
+            _claim(key_ring, 0, done)
+            barrier = _expect(key_ring, 0, 2 * BLOCK_N * D * 2)
+            for part in gl.static_range(CONSUMERS):
+                copy_in(k_desc, [start + n + part * ROWS, kv * D], barrier, k.index(part))
+                copy_in(v_desc, [start + n + part * ROWS, kv * D], barrier, v.index(part))
+            for head in range(kv * GROUP, (kv + 1) * GROUP):
+                for m in range(n, length, ROWS):
+                    slot = filled % SLOTS
+                    rows = m + gl.arange(0, ROWS, layout=layout)
+                    at = num_tokens.to(gl.int64) * head + start
+                    lse_rows = gl.load(lse_ptr + at + rows, rows < length, 0.0)
+                    delta_rows = gl.load(delta_ptr + at + rows, rows < length, 0.0)
+                    _claim(query_ring, slot, filled // SLOTS)
+                    lse.index(slot).store(lse_rows)
+                    delta.index(slot).store(delta_rows)
+                    barrier = _expect(query_ring, slot, 2 * ROWS * D * 2)
+                    copy_in(q_desc, [start + m, head * D], barrier, q.index(slot))
+                    copy_in(dy_desc, [start + m, head * D], barrier, dy.index(slot))
+                    filled += 1
+            done += 1
+        job = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+    _announce(jobs, job_ring, done, job)
+
+
+@gluon.jit
+def _consume_backward(
+    dq_ptr, dk_ptr, dv_ptr, scale, work, tiles, rings,
+    GROUP: gl.constexpr, PART: gl.constexpr, D: gl.constexpr, ADD_DQ: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of ROWS keys of each job, over blocks of ROWS queries that see them, and half the columns of their dq.
+
+    What both consumers' keys add to dq is summed before it goes to memory: each leaves its ds where both multiply.
+    """
+    cu_ptr, num_seqs, kv_heads, num_jobs = work
+    q, dy, lse, delta, k, v, ds, jobs = tiles
+    query_ring, key_ring, ds_ring, job_ring = rings
+    SLOTS: gl.constexpr = q.shape[0]
+    HALF: gl.constexpr = D // CONSUMERS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # [keys, queries]
+    s_queries: gl.constexpr = gl.SliceLayout(0, s_layout)
+    y_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, y_layout, 2)
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, s_layout)
+    done, i = 0, 0  # jobs, and blocks of queries of all jobs
+    job = _next(jobs, job_ring, done)
+    while job < num_jobs:
+        start, length, n = _key_tile(cu_ptr, num_seqs, job // kv_heads)
+        kv, first = job % kv_heads, n + PART * ROWS
+        keys = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
+        dk, dv = gl.zeros([ROWS, D], gl.float32, y_layout), gl.zeros([ROWS, D], gl.float32, y_layout)
+        _await(key_ring, 0, done)
+        for head in range(kv * GROUP, (kv + 1) * GROUP):
+            for m in range(n, length, ROWS):
+                slot = i % SLOTS
+                mine = PART + (i >> 30)  # PART: that the compiler cannot know it keeps 48 addresses out of registers
+                _await(query_ring, slot, i // SLOTS)
+                # Products that start from -lse and -delta leave those in no registers of their own.
+                s = zeros - lse.index(slot).load(s_queries)[None, :]
+                dp = zeros - delta.index(slot).load(s_queries)[None, :]
+                s_later = warpgroup_mma(k.index(mine), q.index(slot).permute((1, 0)), s, is_async=True)
+                dp_later = warpgroup_mma(v.index(mine), dy.index(slot).permute((1, 0)), dp, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s_later])
+                rows = m + gl.arange(0, ROWS, layout=s_queries)
+                seen = (keys[:, None] <= rows[None, :]) & (rows < length)[None, :]
+                p = gl.where(seen, gl.exp2(s * (scale * LOG2E)), 0.0)
+                if ADD_DQ:  # early, as in `_consume`: the compiler does not move the next wait before this one
+                    _claim(ds_ring, i % 2, i // 2)
+                dp = warpgroup_mma_wait(0, deps=[dp_later])
+                ds_half = (p * dp).to(v.dtype)
+                p_half = gl.convert_layout(p.to(v.dtype), p_layout)
+                dv_later = warpgroup_mma(p_half, dy.index(slot), dv, is_async=True)
+                ds_mine = gl.convert_layout(ds_half, p_layout)
+                dk_later = warpgroup_mma(ds_mine, q.index(slot), dk, is_async=True)
+                if ADD_DQ:
+                    ds.index(i % 2 * CONSUMERS + PART).store(ds_half)
+                    fence_async_shared()
+                    _commit(ds_ring, i % 2)
+                    _await(ds_ring, i % 2, i // 2)
+                    dq = gl.zeros([ROWS, HALF], gl.float32, dq_layout)
+                    for part in gl.static_range(CONSUMERS):
+                        columns = k.index(mine - PART + part).slice(PART * HALF, HALF, dim=1)
+                        dq = warpgroup_mma(ds.index(i % 2 * CONSUMERS + part).permute((1, 0)), columns, dq, is_async=True)
+                    dq, dk, dv, _, _ = warpgroup_mma_wait(0, deps=[dq, dk_later, dv_later, ds_mine, p_half])
+                    _release(ds_ring, i % 2)
+                else:
+                    dk, dv, _, _ = warpgroup_mma_wait(0, deps=[dk_later, dv_later, ds_mine, p_half])
+                _release(query_ring, slot)
+                if ADD_DQ:
+                    _add_rows(dq_ptr + PART * HALF, dq * scale, start, m, length, kv_heads * GROUP, head, D, dq_layout)
+                i += 1
+        _release(key_ring, 0)
+        _store_rows(dk_ptr, (dk * scale).to(v.dtype), start, first, length, kv_heads, kv)
+        _store_rows(dv_ptr, dv.to(v.dtype), start, first, length, kv_heads, kv)
+        done += 1
+        job = _next(jobs, job_ring, done)
+
+
+@gluon.jit
+def _add_rows(ptr, x, start, first, length, heads, head, D: gl.constexpr, layout: gl.constexpr):
+    """x [ROWS, *], part of a head, added to where `_store_rows` would put it."""
+    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    at = ((start + rows).to(gl.int64) * heads + head) * D
+    dims = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, layout))
+    gl.atomic_add(ptr + at[:, None] + dims[None, :], x, (rows < length)[:, None], sem="relaxed")
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "num_seqs", "num_jobs"])
+def _attention_hopper_backward_kernel(
+    q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr, cu_ptr, counter_ptr,
+    num_tokens, num_seqs, kv_heads, num_jobs, scale,
+    GROUP: gl.constexpr, D: gl.constexpr, SLOTS: gl.constexpr, ADD_DQ: gl.constexpr,
+):  # fmt: skip
+    """dk, dv [T, G, D]; ADD_DQ: dq [T, H, D] fp32 += theirs. Grid: programs; job i is key tile i // G of head i % G."""
+    dtype: gl.constexpr = q_desc.dtype
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, ROWS], gl.bfloat16)
+    q = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, D], q_desc.layout)
+    dy = gl.allocate_shared_memory(dtype, [SLOTS, ROWS, D], q_desc.layout)
+    lse = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], flat)
+    delta = gl.allocate_shared_memory(gl.float32, [SLOTS, ROWS], flat)
+    k = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], q_desc.layout)
+    v = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], q_desc.layout)
+    ds = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, ROWS, ROWS], square)
+    jobs = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
+    rings = (_ring(SLOTS, CONSUMERS), _ring(1, CONSUMERS), _ring(2, CONSUMERS, CONSUMERS), _ring(2, CONSUMERS))
+    work, tiles = (cu_ptr, num_seqs, kv_heads, num_jobs), (q, dy, lse, delta, k, v, ds, jobs)
+    inputs = (q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr)
+    gl.warp_specialize(
+        [
+            (_produce_backward, (q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr, work, tiles, rings, GROUP, D)),
+            (_consume_backward, (dq_ptr, dk_ptr, dv_ptr, scale, work, tiles, rings, GROUP, 0, D, ADD_DQ)),
+            (_consume_backward, (dq_ptr, dk_ptr, dv_ptr, scale, work, tiles, rings, GROUP, 1, D, ADD_DQ)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
     )
 
 
@@ -290,3 +498,10 @@ def variants(capability: int) -> Iterator[Variant]:
         launch = _constants(head_dim, group)
         name = f"attention_hopper forward bf16 D{head_dim} group {group}"
         yield Variant.of(name, _attention_hopper_kernel, types | descs, launch)
+        if head_dim == 128:
+            block = f"tensordesc<{half}[{ROWS.value}, {head_dim}],{_layout([ROWS.value, head_dim])!r}>"
+            btypes = types | dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc"), block)
+            btypes |= {"delta_ptr": "*fp32", "dq_ptr": "*fp32", "dk_ptr": f"*{half}", "dv_ptr": f"*{half}", "kv_heads": "i32"}
+            for add in (True, False):
+                more = {"ADD_DQ": add} if add else {"ADD_DQ": add, "dq_ptr": None}
+                yield Variant.of(f"attention_hopper dkdv{' + dq' * add} bf16 D{head_dim} group {group}", _attention_hopper_backward_kernel, btypes, launch | more)

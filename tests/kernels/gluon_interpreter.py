@@ -327,7 +327,7 @@ def _warp_specialize(partitions: list, num_warps: list[int], num_regs: list[int]
 class Language:
     """`gl`, on torch: scalars are tensors without dimensions, so that int32 overflows as it does on the chip."""
 
-    int32, int64, float32, bfloat16, float16 = torch.int32, torch.int64, torch.float32, torch.bfloat16, torch.float16
+    int32, int64, float32 = torch.int32, torch.int64, torch.float32
     allocate_shared_memory = staticmethod(_allocate)
     warp_specialize = staticmethod(_warp_specialize)
     load, store, atomic_add = staticmethod(_load), staticmethod(_store), staticmethod(_atomic_add)

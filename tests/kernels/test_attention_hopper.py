@@ -20,7 +20,7 @@ def interpreted(monkeypatch):
     kernels = {}
 
     def use(seed):
-        for name in ("_attention_hopper_kernel",):
+        for name in ("_attention_hopper_kernel", "_attention_hopper_backward_kernel"):
             kernels[name] = Interpreted(getattr(attention_hopper, name), seed)
             monkeypatch.setattr(attention_hopper, name, kernels[name])
         return kernels
@@ -62,3 +62,41 @@ def test_any_order_of_events(interpreted, seed):
     truth = attention_packed_ref(q.double(), k.double(), v.double(), ends, 0.125)
     assert_as_good_as(y, attention_packed_ref(q, k, v, ends, 0.125), truth)
     torch.testing.assert_close(lse.double(), lse_ref(q, k, ends, 0.125), rtol=1e-5, atol=1e-5)
+
+
+def gradients(q, k, v, dy, ends, scale):
+    """Of q, k, v, by autograd through the definition; then what the kernel is given: y, lse, delta."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    y = attention_packed_ref(*leaves, ends, scale)
+    return torch.autograd.grad(y, leaves, dy), (dy.double() * y.detach().double()).sum(-1).T.float().contiguous()
+
+
+@HALVES
+@pytest.mark.parametrize("add_dq", [True, False], ids=["dq", "no dq"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
+def test_backward(interpreted, heads, kv_heads, add_dq, dtype):
+    q, k, v, ends = inputs(heads, kv_heads, 128, dtype)
+    dy, scale, group = randn(*q.shape, seed=9, dtype=dtype), 128**-0.5, heads // kv_heads
+    interpreted(seed=heads)
+    ref, _ = gradients(q, k, v, dy, ends, scale)
+    truth, delta = gradients(*(x.double() for x in (q, k, v, dy)), ends, scale)
+    lse = lse_ref(q, k.repeat_interleave(group, 1), ends, scale).float()
+    dq = torch.zeros(q.shape) if add_dq else None
+    cu = fenced(torch.tensor(ends, dtype=torch.int32))
+    dk, dv = attention_hopper.backward(*map(fenced, (q, k, v, dy, lse, delta)), cu, scale, dq)
+    got = ([dq.to(dtype)] if add_dq else []) + [dk, dv]
+    for triple in list(zip(got[::-1], ref[::-1], truth[::-1], strict=False)):
+        assert_as_good_as(*triple)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_backward_in_any_order_of_events(interpreted, seed):
+    q, k, v, ends = inputs(2, 1, 128, torch.float16, (260, 3, 2, 140))
+    dy, scale = randn(*q.shape, seed=9, dtype=torch.float16), 0.09
+    interpreted(seed)
+    ref, _ = gradients(q, k, v, dy, ends, scale)
+    truth, delta = gradients(*(x.double() for x in (q, k, v, dy)), ends, scale)
+    lse, dq = lse_ref(q, k.repeat_interleave(2, 1), ends, scale).float(), torch.zeros(q.shape)
+    dk, dv = attention_hopper.backward(q, k, v, dy, lse, delta, torch.tensor(ends, dtype=torch.int32), scale, dq)
+    for triple in zip((dq.half(), dk, dv), ref, truth, strict=True):
+        assert_as_good_as(*triple)
