@@ -173,27 +173,30 @@ def _shares(
 
     A chunk with its partial sums stays below EXTRA_BYTES. All work comes in tiles, of which `slots` are made at a time.
     """
-    block, tiles, across = tile["BLOCK_M"], triton.cdiv(V, tile["BLOCK_N"]), triton.cdiv(C, dh_tile["BLOCK_N"])
-    blocks, row_bytes = triton.cdiv(T, block), 8 * tiles + (V * itemsize if gradient else 0)
+    block, blocks = tile["BLOCK_M"], triton.cdiv(T, tile["BLOCK_M"])
+    tiles = triton.cdiv(V, tile["BLOCK_N"])  # of the logits, a block of rows
+    across = triton.cdiv(C, dh_tile["BLOCK_N"]) if gradient else 0  # and of dh
+    row_bytes = 8 * tiles + (V * itemsize if gradient else 0)
 
     def most_blocks(splits: int) -> int:
         part_bytes = 4 * C * splits if splits > 1 else 0
         return min(max(EXTRA_BYTES // (block * (row_bytes + part_bytes)), splits == 1), blocks)
 
-    def way(height: int, splits: int) -> int:
-        """What a multiprocessor walks in chunks of `height` blocks: columns times the width of its tile."""
-        whole, rest = divmod(blocks, height)
+    def duration(height: int, splits: int) -> int:
+        """Of all chunks of `height` blocks: columns that a multiprocessor walks, times the width of its tile."""
+        chunks, rest = divmod(blocks, height)
 
         def waves(width: int) -> int:
-            return whole * triton.cdiv(height * width, slots) + triton.cdiv(rest * width, slots)
+            return chunks * triton.cdiv(height * width, slots) + triton.cdiv(rest * width, slots)
 
-        logits = tile["BLOCK_N"] * (waves(tiles) * C + triton.cdiv(blocks, height) * SPLIT_COST)
-        share = triton.cdiv(V, splits) + (SPLIT_COST if splits > 1 else 0)
-        return logits + (dh_tile["BLOCK_N"] * waves(across * splits) * share if gradient else 0)
+        logits = waves(tiles) * C + triton.cdiv(blocks, height) * SPLIT_COST
+        dh = waves(across * splits) * (triton.cdiv(V, splits) + (SPLIT_COST if splits > 1 else 0))
+        return tile["BLOCK_N"] * logits + dh_tile["BLOCK_N"] * dh
 
     least = max(most_blocks(1) * 3 // 4, 1)  # each chunk reads the weight twice: low ones would wait for it
-    shapes = ((h, s) for s in range(1, MAX_SPLITS + 1) for h in range(least, most_blocks(s) + 1))
-    height, splits = min(shapes, key=lambda shape: way(*shape))
+    most_splits = MAX_SPLITS if gradient else 1
+    shapes = ((h, s) for s in range(1, most_splits + 1) for h in range(least, most_blocks(s) + 1))
+    height, splits = min(shapes, key=lambda shape: duration(*shape))
     return height * block, splits
 
 
