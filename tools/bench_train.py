@@ -139,6 +139,9 @@ def peft(args: argparse.Namespace, tuned: bool = False) -> None:
     num_tokens = sum(map(len, rows(args)))
     batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
     forward = torch.compile(model) if tuned else model
+    autocast = torch.autocast(
+        args.device, getattr(torch, args.dtype), enabled=args.dtype != "float32"
+    )  # as Trainer does
     best_first = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     forced = tuned and args.device == "cuda"
     attention = sdpa_kernel(best_first, set_priority=True) if forced else nullcontext()
@@ -146,7 +149,8 @@ def peft(args: argparse.Namespace, tuned: bool = False) -> None:
     losses = []
 
     def play() -> Round:
-        loss = forward(**batch, use_cache=False).loss
+        with autocast:
+            loss = forward(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -49,6 +49,7 @@ def rehearsed(small, monkeypatch):
     monkeypatch.setattr(bench, "gpu_seconds", seconds)
     monkeypatch.setattr(bench, "in_turns", partial(in_turns, rounds=2))
     monkeypatch.setattr(bench, "MODELS", {"qwen1.5-7b": SMALL})
+    monkeypatch.setattr(cases, "LENGTHS", (9,))
     bench.leave_out.cache_clear()
 
 
