@@ -31,6 +31,7 @@ from isheep_kernels.rivals import (
 )
 from isheep_kernels.rms_norm import rms_norm, rms_norm_add, rms_norm_ref
 from isheep_kernels.rope import rope, rope_ref
+from isheep_kernels.sampling import sample, sample_ref
 from isheep_kernels.swiglu import swiglu, swiglu_ref
 
 
@@ -78,6 +79,7 @@ GOALS = {
     "LoRA layer of qwen1.5-7b, backward": Goal("base products alone / ours", 1 / 1.10),
     "linear cross-entropy": Goal("products alone / ours", 0.80),
     "norm, rope and swiglu, of stream": Goal("of the limit", 0.95),
+    "drawing by top-p": Goal("sort alone / ours", 5.0),
 }
 
 Inputs = dict[str, Any]
@@ -351,6 +353,42 @@ def attention_paged_cases(name: str, m: Model) -> Iterator[Case]:
         yield Case("attention_paged", shape, flops, num_bytes, *functions, goal)
 
 
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+DRAWS = {  # temperature, top-k, top-p
+    "greedy": (0.0, 0, 1.0),
+    "plain": (1.0, 0, 1.0),
+    "top-k": (1.0, 50, 1.0),
+    "top-p": (1.0, 0, 0.9),
+    "top-k and top-p": (1.0, 50, 0.9),
+}
+
+
+def sampling_cases(name: str, m: Model) -> Iterator[Case]:
+    """One token for each of some rows of logits, all by the same parameters."""
+    V = m.vocabulary
+
+    def inputs(B: int, temperature: float, top_k: int, top_p: float) -> Inputs:
+        logits, given = 4 * randn(B, V), {"temperature": temperature, "top_p": top_p, "min_p": 0.0}
+        logits[:, :: V // 8 + 1] += 24  # eight tokens weigh so much that rounding makes no draw another
+        columns = {name: torch.full((B,), x, device=DEVICE) for name, x in given.items()}
+        columns["top_k"] = torch.full((B,), top_k, dtype=torch.int32, device=DEVICE)
+        return {"logits": logits, "uniform": torch.rand(B, dtype=torch.float64, device=DEVICE)} | columns
+
+    def drawn(draw: Function, logits: Tensor, **columns: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, logprobs = draw(logits, **columns | {"uniform": columns["uniform"].double()})
+        return tokens.float(), logprobs.to(logits.dtype)
+
+    def sort(logits: Tensor, **_: Tensor) -> Tensor:
+        return logits.sort(dim=-1, descending=True, stable=True).values
+
+    ours, reference = partial(drawn, sample), partial(drawn, sample_ref)
+    for B, (draw, given) in product(BATCHES, DRAWS.items()):
+        size, goal = B * V, "drawing by top-p" if draw == "top-p" else ""
+        functions = partial(inputs, B, *given), ours, reference, {"sort alone": sort, "eager": reference}
+        yield Case("sampling", f"{name} {B}×{V} {draw}", 3 * size, 2 * size + 40 * B, *functions, goal)
+
+
 OPS = {
     "attention_packed": attention_packed_cases,
     "attention_paged": attention_paged_cases,
@@ -358,5 +396,6 @@ OPS = {
     "linear_cross_entropy": linear_cross_entropy_cases,
     "rms_norm": rms_norm_cases,
     "rope": rope_cases,
+    "sampling": sampling_cases,
     "swiglu": swiglu_cases,
 }

@@ -21,10 +21,10 @@ from isheep_kernels import linear_cross_entropy as _head
 from isheep_kernels import lora_matmul as _lora
 from isheep_kernels import rms_norm as _norm
 from isheep_kernels import rope as _rope
+from isheep_kernels import sampling as _sampling
 from isheep_kernels import swiglu as _swiglu
 from isheep_kernels.linear_cross_entropy import IGNORE
 from isheep_kernels.lora_matmul import Dropout, Projection, dropout_mask
-from isheep_kernels.sampling import sample_ref
 from isheep_kernels.variant import TYPES
 
 __all__ = ["IGNORE", "Dropout", "Projection"]
@@ -298,5 +298,5 @@ def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token a row of logits [B, V], and its log-probability; parameters [B] as in `sample_ref`."""
-    draw = cpu_ops.sample if cpu.serves(logits) else sample_ref
+    draw = _by(logits, cpp=cpu_ops.sample, triton=_sampling.sample, torch=_sampling.sample_ref)
     return draw(logits, temperature, top_k, top_p, min_p, uniform)
