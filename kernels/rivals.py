@@ -50,7 +50,7 @@ def packed_attention(lens: Sequence[int]) -> dict[str, Function]:
     flex, mask = compiled(flex_attention), cache(partial(_document_mask, tuple(lens)))
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-        attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn  # torch has it since 2.10
+        attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn  # not in every torch
         groups = {"enable_gqa": True} if "enable_gqa" in inspect.signature(attend).parameters else {}
         if not groups:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
