@@ -21,6 +21,7 @@ from isheep_kernels.linear_cross_entropy import fused_linear_cross_entropy, line
 from isheep_kernels.lora_matmul import FUSED_UP_TO, Projection, lora_matmul, lora_matmul_ref, lora_matmuls
 from isheep_kernels.rivals import (
     Function,
+    base_product,
     base_products,
     compiled,
     dense_attention,
@@ -238,15 +239,12 @@ def lora_linear_cases(name: str, T: int, K: int, N: int) -> Iterator[Case]:
     def inputs() -> Inputs:
         return {"x": randn(T, K), "bias": None, "scale": SCALE} | frozen_and_adapter(K, N)
 
-    def base(x: Tensor, w: Tensor, **_: Any) -> Tensor:
-        return base_products(x, [Projection(w, None, w, w, SCALE)])[0]
-
     def form(widest: int, **inputs: Any) -> Tensor:
         with patch.dict(FUSED_UP_TO, dict.fromkeys(FUSED_UP_TO, widest)):
             return lora_matmul(**inputs)
 
     forms = {"one kernel": partial(form, 1 << 30), "library product and a pass": partial(form, 0)}
-    rivals = {"base product alone": base} | lora_linears()
+    rivals = {"base product alone": base_product} | lora_linears()
     flops, num_bytes, flops_back, bytes_back = lora_counts(T, K, N)
     functions = inputs, lora_matmul, lora_matmul_ref
     forward = Case("lora_matmul", f"{name} {T}×{K}→{N} r{RANK}", flops, num_bytes, *functions, rivals | forms)

@@ -132,8 +132,13 @@ class _Products(torch.autograd.Function):
         return dx, *[None] * len(dys)
 
 
+def base_product(x: Tensor, w: Tensor, **_: Any) -> Tensor:
+    """A frozen layer without its adapter: the least that it can take."""
+    return _Products.apply(x, w)[0]
+
+
 def base_products(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """The frozen layers without their adapters: the least that any of these can take."""
+    """`base_product` of several."""
     return _Products.apply(x, *(p.w for p in projections))
 
 
