@@ -1,36 +1,44 @@
-"""Causal attention over packed sequences on Hopper: `attention_packed` by warpgroups that do one thing each.
+"""Causal attention over packed sequences on Hopper: `attention_packed` by a producer and two consumers (hopper.py).
 
-A program has one producer warp and CONSUMERS warpgroups. The producer brings tiles into shared memory by TMA, ahead of
-their use. Each consumer takes 64 rows of a tile, the height of Hopper's products, and does the softmax of one block
-while the tensor cores multiply the next. Tiles pass through rings of slots, of which each has a barrier that says that
-it is full, and one that says that all have read it.
+Each consumer takes 64 rows of a tile, and does the softmax of one block while the tensor cores multiply others. Which
+warpgroup multiplies and which does its softmax is left to the hardware.
 
-There are as many programs as multiprocessors. Each takes its next job, a tile of one head, from a counter in memory when
-it is free, the longest of a sequence first: so all end together, whatever the lengths.
+There are as many programs as multiprocessors. Each takes its next job, a tile of one head, from a counter in memory
+when it is free, the longest of a sequence first: so all end together, whatever the lengths.
 
 Where a tile reaches past its sequence it holds rows of the next one. They weigh zero and are not written, but unlike
 the portable kernels' masked loads they must be finite.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isheep_kernels.attention_packed import LOG2E, capability, find_tile, num_tiles
-from isheep_kernels.lang import (
-    TensorDescriptor, copy_in, fence_async_shared, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait,
+from isheep_kernels.hopper import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    ROWS,
+    WARPS,
+    await_full,
+    claim,
+    commit,
+    descriptor,
+    descriptor_type,
+    expect,
+    new_ring,
+    num_programs,
+    release,
 )  # fmt: skip
+from isheep_kernels.lang import copy_in, fence_async_shared, gl, gluon, warpgroup_mma, warpgroup_mma_wait
+from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
 
-ROWS = gl.constexpr(64)  # of a warpgroup's product
-CONSUMERS = gl.constexpr(2)
 BLOCK_M = gl.constexpr(128)  # queries of a job: ROWS for each consumer
-BLOCK_N = gl.constexpr(128)  # keys at a time
-REGISTERS = 168  # a thread, when twelve warps begin: all that there are; then the producer gives to the consumers
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = gl.constexpr(24), gl.constexpr(240)
+BLOCK_N = gl.constexpr(128)  # keys at a time; in backward, keys of a job
+
+find_tile = gluon.jit(find_tile.fn)
 
 
 def serves(q: Tensor) -> bool:
@@ -42,10 +50,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -
     """y [T, H, D] and lse [H, T] fp32 (divided by scale) of contiguous q [T, H, D], k and v [T, G, D]."""
     (T, H, D), G, y = q.shape, k.shape[1], torch.empty_like(q)
     lse, counter = q.new_empty(H, T, dtype=torch.float32), torch.zeros(1, dtype=torch.int32, device=q.device)
-    descs = _desc(q, ROWS.value), _desc(k, BLOCK_N.value), _desc(v, BLOCK_N.value)
+    descs = _rows_of(q, ROWS.value), _rows_of(k, BLOCK_N.value), _rows_of(v, BLOCK_N.value)
     jobs = num_tiles(T, cu_seqlens, BLOCK_M.value) * H
     if T:
-        _attention_hopper_kernel[(min(jobs, _programs(q)),)](
+        _attention_hopper_kernel[(min(jobs, num_programs(q)),)](
             *descs, y, lse, cu_seqlens, counter, T, len(cu_seqlens) - 1, H, jobs, scale, **_constants(D, H // G)
         )
     return y, lse
@@ -69,104 +77,41 @@ def backward(
     jobs = num_tiles(T, cu_seqlens, BLOCK_N.value) * G
     constants = _constants(D, H // G) | {"ADD_DQ": dq is not None}
     if T:
-        _attention_hopper_backward_kernel[(min(jobs, _programs(q)),)](
-            *(_desc(x, ROWS.value) for x in (q, k, v, dy)), lse, delta, dq, dk, dv, cu_seqlens, counter,
+        _attention_hopper_backward_kernel[(min(jobs, num_programs(q)),)](
+            *(_rows_of(x, ROWS.value) for x in (q, k, v, dy)), lse, delta, dq, dk, dv, cu_seqlens, counter,
             T, len(cu_seqlens) - 1, G, jobs, scale, **constants,
         )  # fmt: skip
     return dk, dv
 
 
-def _desc(x: Tensor, rows: int) -> Any:
-    """x [T, N, D] as [T, N · D], of which TMA copies [rows, D] at a time."""
-    block = [rows, x.shape[2]]
-    return TensorDescriptor.from_tensor(x.flatten(1), block, _layout(block))
-
-
-def _layout(block: list[int]) -> Any:
-    """Of a block of 16-bit numbers in shared memory: swizzled as products read it."""
-    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-
-
-def _programs(x: Tensor) -> int:
-    """One a multiprocessor. In an interpreter, two."""
-    return _multiprocessors(x.device) if x.is_cuda else 2
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _rows_of(x: Tensor, rows: int) -> Any:
+    """x [T, N, D] as TMA copies it: rows of one head."""
+    return descriptor(x.flatten(1), [rows, x.shape[2]])
 
 
 def _constants(head_dim: int, group: int) -> dict[str, int]:
-    return {"GROUP": group, "D": head_dim, "SLOTS": 256 // head_dim, "num_warps": 4, "maxnreg": REGISTERS}
+    return {"GROUP": group, "D": head_dim, "SLOTS": 256 // head_dim} | WARPS
 
 
-# ---- rings -----------------------------------------------------------------------------------------------------------
-# A ring is (full, empty), a barrier each for every slot. A slot's turn, how often it was used before, says their phase.
-
-
-@gluon.jit
-def _ring(SLOTS: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=WRITERS)
-        mbarrier.init(empty.index(slot), count=READERS)
-    return full, empty
-
-
-@gluon.jit
-def _claim(ring, slot, turn):
-    """Wait until all have read what was in the slot."""
-    _, empty = ring
-    mbarrier.wait(empty.index(slot), turn & 1 ^ 1)
-
-
-@gluon.jit
-def _expect(ring, slot, num_bytes: gl.constexpr):
-    """Say what will have come when the slot is full. -> the barrier that copies are to tell."""
-    full, _ = ring
-    mbarrier.expect(full.index(slot), num_bytes)
-    return full.index(slot)
-
-
-@gluon.jit
-def _commit(ring, slot):
-    """Say that a slot is full that was written by stores."""
-    full, _ = ring
-    mbarrier.arrive(full.index(slot), count=1)
-
-
-@gluon.jit
-def _await(ring, slot, turn):
-    """Wait until the slot is full."""
-    full, _ = ring
-    mbarrier.wait(full.index(slot), turn & 1)
-
-
-@gluon.jit
-def _release(ring, slot):
-    """Say that this consumer has read the slot."""
-    _, empty = ring
-    mbarrier.arrive(empty.index(slot), count=1)
+# ---- jobs ------------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
 def _announce(jobs, ring, count, job):
     """The producer's next job, or one past the last, to all consumers."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    _claim(ring, count % 2, count // 2)
+    claim(ring, count % 2, count // 2)
     jobs.index(count % 2).store(gl.full([1], job, gl.int32, layout))
-    _commit(ring, count % 2)
+    commit(ring, count % 2)
 
 
 @gluon.jit
 def _next(jobs, ring, count):
     """The job that was announced."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    _await(ring, count % 2, count // 2)
+    await_full(ring, count % 2, count // 2)
     job = gl.max(jobs.index(count % 2).load(layout), 0)
-    _release(ring, count % 2)
+    release(ring, count % 2)
     return job
 
 
@@ -193,15 +138,15 @@ def _produce(q_desc, k_desc, v_desc, counter_ptr, work, tiles, rings, GROUP: gl.
             _announce(jobs, job_ring, done, job)
             head = job % heads
             for part in gl.static_range(CONSUMERS):
-                _claim(q_ring, part, done)
-                barrier = _expect(q_ring, part, ROWS * D * 2)
+                claim(q_ring, part, done)
+                barrier = expect(q_ring, part, ROWS * D * 2)
                 copy_in(q_desc, [start + m + part * ROWS, head * D], barrier, q.index(part))
             for n in range(m, -1, -BLOCK_N):
                 slot, turn, place = filled % SLOTS, filled // SLOTS, [start + n, head // GROUP * D]
-                _claim(k_ring, slot, turn)
-                copy_in(k_desc, place, _expect(k_ring, slot, BLOCK_N * D * 2), k.index(slot))
-                _claim(v_ring, slot, turn)
-                copy_in(v_desc, place, _expect(v_ring, slot, BLOCK_N * D * 2), v.index(slot))
+                claim(k_ring, slot, turn)
+                copy_in(k_desc, place, expect(k_ring, slot, BLOCK_N * D * 2), k.index(slot))
+                claim(v_ring, slot, turn)
+                copy_in(v_desc, place, expect(v_ring, slot, BLOCK_N * D * 2), v.index(slot))
                 filled += 1
             done += 1
         job = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
@@ -219,7 +164,7 @@ def _soften(s, peak, total, scale):
 
 @gluon.jit
 def _consume(y_ptr, lse_ptr, num_tokens, scale, work, tiles, rings, PART: gl.constexpr, D: gl.constexpr):
-    """y and lse of ROWS queries of each job, over blocks of keys from the diagonal, which alone has a mask, to the first.
+    """y and lse of ROWS queries of each job, over blocks of keys from the diagonal, the masked one, to the first.
 
     The scores of a block are multiplied first, so that its softmax runs beside the product of the block before with v.
     """
@@ -245,32 +190,33 @@ def _consume(y_ptr, lse_ptr, num_tokens, scale, work, tiles, rings, PART: gl.con
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, s_layout))
         y = gl.zeros([ROWS, D], gl.float32, y_layout)
 
-        _await(q_ring, PART, done)
-        _await(k_ring, i % SLOTS, i // SLOTS)
+        await_full(q_ring, PART, done)
+        await_full(k_ring, i % SLOTS, i // SLOTS)
         s = warpgroup_mma(mine, k.index(i % SLOTS).permute((1, 0)), none, use_acc=False)
-        _release(k_ring, i % SLOTS)
+        release(k_ring, i % SLOTS)
         s = gl.where(rows[:, None] >= keys[None, :], s, float("-inf"))
         p, _, total, peak = _soften(s, peak, total, scale)
         p = gl.convert_layout(p.to(v.dtype), p_layout)
-        _await(v_ring, i % SLOTS, i // SLOTS)
+        await_full(v_ring, i % SLOTS, i // SLOTS)
         for _ in range(m // BLOCK_N):
             slot, turn = (i + 1) % SLOTS, (i + 1) // SLOTS
-            _await(k_ring, slot, turn)
+            await_full(k_ring, slot, turn)
             s_later = warpgroup_mma(mine, k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
             y_later = warpgroup_mma(p, v.index(i % SLOTS), y, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_later])
-            _release(k_ring, slot)
+            release(k_ring, slot)
             p_next, shrink, total, peak = _soften(s, peak, total, scale)
             p_next = gl.convert_layout(p_next.to(v.dtype), p_layout)
-            _await(v_ring, slot, turn)  # not needed yet, but the compiler moves the next wait before a softmax, not this
+            # Not needed yet; but where no other wait is between them, ptxas moves the next one before the softmax.
+            await_full(v_ring, slot, turn)
             y, p, _ = warpgroup_mma_wait(0, deps=[y_later, p_next, p])  # p is in use till then
-            _release(v_ring, i % SLOTS)
+            release(v_ring, i % SLOTS)
             y *= gl.convert_layout(shrink, y_rows)[:, None]
             i += 1
-        _release(q_ring, PART)
+        release(q_ring, PART)
         y_later = warpgroup_mma(p, v.index(i % SLOTS), y, is_async=True)
         y, _ = warpgroup_mma_wait(0, deps=[y_later, p])
-        _release(v_ring, i % SLOTS)
+        release(v_ring, i % SLOTS)
         i += 1
 
         y = (y / gl.convert_layout(total, y_rows)[:, None]).to(v.dtype)
@@ -302,7 +248,7 @@ def _attention_hopper_kernel(
     k = gl.allocate_shared_memory(q_desc.dtype, [SLOTS, BLOCK_N, D], k_desc.layout)
     v = gl.allocate_shared_memory(q_desc.dtype, [SLOTS, BLOCK_N, D], v_desc.layout)
     jobs = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    rings = (_ring(CONSUMERS, 1), _ring(SLOTS, CONSUMERS), _ring(SLOTS, CONSUMERS), _ring(2, CONSUMERS))
+    rings = (new_ring(CONSUMERS, 1), new_ring(SLOTS, CONSUMERS), new_ring(SLOTS, CONSUMERS), new_ring(2, CONSUMERS))
     work, tiles = (cu_ptr, num_seqs, heads, num_jobs), (q, k, v, jobs)
     gl.warp_specialize(
         [
@@ -320,16 +266,14 @@ def _attention_hopper_kernel(
 
 @gluon.jit
 def _key_tile(cu_ptr, num_seqs, tile):
-    """-> a tile's sequence: its first token, its length; and its first key, past the end where there is no such tile."""
+    """-> a tile's sequence: its first token, its length; and its first key, past the end if there is no such tile."""
     _, start, length, tile = find_tile(cu_ptr, num_seqs, tile, BLOCK_N)
     return start, length, tile * BLOCK_N
 
 
 @gluon.jit
-def _produce_backward(
-    q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr, work, tiles, rings,
-    GROUP: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
+def _produce_backward(inputs, work, tiles, rings, GROUP: gl.constexpr, D: gl.constexpr):
+    q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr = inputs
     cu_ptr, num_seqs, kv_heads, num_jobs = work
     q, dy, lse, delta, k, v, _, jobs = tiles
     query_ring, key_ring, _, job_ring = rings
@@ -341,8 +285,8 @@ def _produce_backward(
         if n < length:
             _announce(jobs, job_ring, done, job)
             kv = job % kv_heads
-            _claim(key_ring, 0, done)
-            barrier = _expect(key_ring, 0, 2 * BLOCK_N * D * 2)
+            claim(key_ring, 0, done)
+            barrier = expect(key_ring, 0, 2 * BLOCK_N * D * 2)
             for part in gl.static_range(CONSUMERS):
                 copy_in(k_desc, [start + n + part * ROWS, kv * D], barrier, k.index(part))
                 copy_in(v_desc, [start + n + part * ROWS, kv * D], barrier, v.index(part))
@@ -353,10 +297,10 @@ def _produce_backward(
                     at = num_tokens.to(gl.int64) * head + start
                     lse_rows = gl.load(lse_ptr + at + rows, rows < length, 0.0)
                     delta_rows = gl.load(delta_ptr + at + rows, rows < length, 0.0)
-                    _claim(query_ring, slot, filled // SLOTS)
+                    claim(query_ring, slot, filled // SLOTS)
                     lse.index(slot).store(lse_rows)
                     delta.index(slot).store(delta_rows)
-                    barrier = _expect(query_ring, slot, 2 * ROWS * D * 2)
+                    barrier = expect(query_ring, slot, 2 * ROWS * D * 2)
                     copy_in(q_desc, [start + m, head * D], barrier, q.index(slot))
                     copy_in(dy_desc, [start + m, head * D], barrier, dy.index(slot))
                     filled += 1
@@ -392,12 +336,12 @@ def _consume_backward(
         kv, first = job % kv_heads, n + PART * ROWS
         keys = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))
         dk, dv = gl.zeros([ROWS, D], gl.float32, y_layout), gl.zeros([ROWS, D], gl.float32, y_layout)
-        _await(key_ring, 0, done)
+        await_full(key_ring, 0, done)
         for head in range(kv * GROUP, (kv + 1) * GROUP):
             for m in range(n, length, ROWS):
                 slot = i % SLOTS
                 mine = PART + (i >> 30)  # PART: that the compiler cannot know it keeps 48 addresses out of registers
-                _await(query_ring, slot, i // SLOTS)
+                await_full(query_ring, slot, i // SLOTS)
                 # Products that start from -lse and -delta leave those in no registers of their own.
                 s = zeros - lse.index(slot).load(s_queries)[None, :]
                 dp = zeros - delta.index(slot).load(s_queries)[None, :]
@@ -408,7 +352,7 @@ def _consume_backward(
                 seen = (keys[:, None] <= rows[None, :]) & (rows < length)[None, :]
                 p = gl.where(seen, gl.exp2(s * (scale * LOG2E)), 0.0)
                 if ADD_DQ:  # early, as in `_consume`: the compiler does not move the next wait before this one
-                    _claim(ds_ring, i % 2, i // 2)
+                    claim(ds_ring, i % 2, i // 2)
                 dp = warpgroup_mma_wait(0, deps=[dp_later])
                 ds_half = (p * dp).to(v.dtype)
                 p_half = gl.convert_layout(p.to(v.dtype), p_layout)
@@ -418,21 +362,22 @@ def _consume_backward(
                 if ADD_DQ:
                     ds.index(i % 2 * CONSUMERS + PART).store(ds_half)
                     fence_async_shared()
-                    _commit(ds_ring, i % 2)
-                    _await(ds_ring, i % 2, i // 2)
+                    commit(ds_ring, i % 2)
+                    await_full(ds_ring, i % 2, i // 2)
                     dq = gl.zeros([ROWS, HALF], gl.float32, dq_layout)
                     for part in gl.static_range(CONSUMERS):
                         columns = k.index(mine - PART + part).slice(PART * HALF, HALF, dim=1)
-                        dq = warpgroup_mma(ds.index(i % 2 * CONSUMERS + part).permute((1, 0)), columns, dq, is_async=True)
+                        ds_part = ds.index(i % 2 * CONSUMERS + part).permute((1, 0))
+                        dq = warpgroup_mma(ds_part, columns, dq, is_async=True)
                     dq, dk, dv, _, _ = warpgroup_mma_wait(0, deps=[dq, dk_later, dv_later, ds_mine, p_half])
-                    _release(ds_ring, i % 2)
+                    release(ds_ring, i % 2)
                 else:
                     dk, dv, _, _ = warpgroup_mma_wait(0, deps=[dk_later, dv_later, ds_mine, p_half])
-                _release(query_ring, slot)
+                release(query_ring, slot)
                 if ADD_DQ:
                     _add_rows(dq_ptr + PART * HALF, dq * scale, start, m, length, kv_heads * GROUP, head, D, dq_layout)
                 i += 1
-        _release(key_ring, 0)
+        release(key_ring, 0)
         _store_rows(dk_ptr, (dk * scale).to(v.dtype), start, first, length, kv_heads, kv)
         _store_rows(dv_ptr, dv.to(v.dtype), start, first, length, kv_heads, kv)
         done += 1
@@ -466,12 +411,13 @@ def _attention_hopper_backward_kernel(
     v = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, D], q_desc.layout)
     ds = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, ROWS, ROWS], square)
     jobs = gl.allocate_shared_memory(gl.int32, [2, 1], flat)
-    rings = (_ring(SLOTS, CONSUMERS), _ring(1, CONSUMERS), _ring(2, CONSUMERS, CONSUMERS), _ring(2, CONSUMERS))
+    query_ring, key_ring = new_ring(SLOTS, CONSUMERS), new_ring(1, CONSUMERS)
+    rings = (query_ring, key_ring, new_ring(2, CONSUMERS, CONSUMERS), new_ring(2, CONSUMERS))
     work, tiles = (cu_ptr, num_seqs, kv_heads, num_jobs), (q, dy, lse, delta, k, v, ds, jobs)
     inputs = (q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr)
     gl.warp_specialize(
         [
-            (_produce_backward, (q_desc, k_desc, v_desc, dy_desc, lse_ptr, delta_ptr, num_tokens, counter_ptr, work, tiles, rings, GROUP, D)),
+            (_produce_backward, (inputs, work, tiles, rings, GROUP, D)),
             (_consume_backward, (dq_ptr, dk_ptr, dv_ptr, scale, work, tiles, rings, GROUP, 0, D, ADD_DQ)),
             (_consume_backward, (dq_ptr, dk_ptr, dv_ptr, scale, work, tiles, rings, GROUP, 1, D, ADD_DQ)),
         ],
@@ -490,18 +436,14 @@ def variants(capability: int) -> Iterator[Variant]:
     half = TYPES[torch.bfloat16]
     types = {"y_ptr": f"*{half}", "lse_ptr": "*fp32", "cu_ptr": "*i32", "counter_ptr": "*i32", "scale": "fp32"}
     types |= dict.fromkeys(("num_tokens", "num_seqs", "heads", "num_jobs"), "i32")
+    types |= {"delta_ptr": "*fp32", "dq_ptr": "*fp32", "dk_ptr": f"*{half}", "dv_ptr": f"*{half}", "kv_heads": "i32"}
     for head_dim, group in ((128, 1), (128, 8), (64, 1), (64, 3)):
-        blocks = {"q_desc": ROWS.value, "k_desc": BLOCK_N.value, "v_desc": BLOCK_N.value}
-        descs = {
-            arg: f"tensordesc<{half}[{rows}, {head_dim}],{_layout([rows, head_dim])!r}>" for arg, rows in blocks.items()
-        }
-        launch = _constants(head_dim, group)
-        name = f"attention_hopper forward bf16 D{head_dim} group {group}"
-        yield Variant.of(name, _attention_hopper_kernel, types | descs, launch)
+        name, launch = f"bf16 D{head_dim} group {group}", _constants(head_dim, group)
+        rows, keys = (descriptor_type(half, [n.value, head_dim]) for n in (ROWS, BLOCK_N))
+        descs = {"q_desc": rows, "k_desc": keys, "v_desc": keys}
+        yield Variant.of(f"attention_hopper forward {name}", _attention_hopper_kernel, types | descs, launch)
         if head_dim == 128:
-            block = f"tensordesc<{half}[{ROWS.value}, {head_dim}],{_layout([ROWS.value, head_dim])!r}>"
-            btypes = types | dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc"), block)
-            btypes |= {"delta_ptr": "*fp32", "dq_ptr": "*fp32", "dk_ptr": f"*{half}", "dv_ptr": f"*{half}", "kv_heads": "i32"}
-            for add in (True, False):
-                more = {"ADD_DQ": add} if add else {"ADD_DQ": add, "dq_ptr": None}
-                yield Variant.of(f"attention_hopper dkdv{' + dq' * add} bf16 D{head_dim} group {group}", _attention_hopper_backward_kernel, btypes, launch | more)
+            descs = dict.fromkeys(("q_desc", "k_desc", "v_desc", "dy_desc"), rows)
+            for what, more in (("dkdv + dq", {"ADD_DQ": True}), ("dkdv", {"ADD_DQ": False, "dq_ptr": None})):
+                kernel, of = _attention_hopper_backward_kernel, types | descs
+                yield Variant.of(f"attention_hopper {what} {name}", kernel, of, launch | more)

@@ -12,9 +12,7 @@ One program computes a tile: some queries of one head, or for dk and dv some key
 found on the device from cu_seqlens: no launch waits for lengths, none is compiled in. Softmax counts in base 2.
 """
 
-import math
 from collections.abc import Iterator
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isheep_kernels.lang import tl, triton
+from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
-
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 def attention_packed_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float) -> Tensor:
@@ -134,22 +131,6 @@ def dq_tile(head_dim: int, dtype: torch.dtype, capability: int) -> Tile:
     return Tile(128, 64, 8, 2) if capability >= 90 else Tile(64, 64, 8, 2)
 
 
-def capability(x: Tensor) -> int:
-    """80 for sm_80 and so on. Triton's interpreter, which runs on CPU tensors, takes Ampere's tiles."""
-    return _capability(x.device) if x.is_cuda else 80
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def num_tiles(num_tokens: int, cu_seqlens: Tensor, block: int) -> int:
-    """As many tiles of `block` tokens as any split into these many sequences needs: see `find_tile`."""
-    return num_tokens // block + len(cu_seqlens) - 1
-
-
 def _constants(head_dim: int, group: int, tile: Tile) -> dict[str, int]:
     """Of every kernel but delta's: the group size, the head size, and the tile."""
     sizes = {"GROUP": group, "D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
@@ -162,21 +143,6 @@ def _delta_constants(head_dim: int) -> dict[str, int]:
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def find_tile(cu_ptr, num_seqs, tile, BLOCK: tl.constexpr):
-    """Whose tile this is: (sequence, its first token, its length, the tile's number within it).
-
-    Sequence s is given tiles cu[s] // BLOCK + s up to where s + 1 begins: always enough, at most one too many.
-    """
-    low, high = 0, num_seqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        later = tl.load(cu_ptr + middle) // BLOCK + middle <= tile
-        low, high = tl.where(later, middle, low), tl.where(later, high, middle)
-    start = tl.load(cu_ptr + low)
-    return low, start, tl.load(cu_ptr + low + 1) - start, tile - start // BLOCK - low
 
 
 @triton.jit

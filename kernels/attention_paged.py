@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isheep_kernels.attention_packed import LOG2E, Tile, attend, capability, find_tile, matmul, num_tiles
+from isheep_kernels.attention_packed import Tile, attend, matmul
 from isheep_kernels.lang import tl, triton
 from isheep_kernels.rope import _turn_heads, rope_ref
+from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
 
 UNSEEN = tl.constexpr(-1e30)  # finite: where a query sees no key of a split, its softmax is nonsense of weight zero

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from isheep_kernels import cpu
-from isheep_kernels.attention_packed import capability
 from isheep_kernels.lang import tl, triton
-from isheep_kernels.lora_matmul import tile_place
+from isheep_kernels.tiles import capability, tile_place
 from isheep_kernels.variant import TYPES, Variant
 
 IGNORE = -100
@@ -234,7 +233,7 @@ def _logits_kernel(
     picked[start …] is the logit of column sought[start …], written by the tile that holds it; logits are stored with
     STORE alone.
     """
-    i, j = tile_place(size, V, BLOCK_M, BLOCK_N)
+    i, j = tile_place(tl.program_id(0), size, V, BLOCK_M, BLOCK_N)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     local, first_column = (i * BLOCK_M).to(tl.int32) + m, j * BLOCK_N  # 64 bits would cost registers
     place = start + local
@@ -319,7 +318,7 @@ def _by_hidden_kernel(
     With SPLIT its part from the `share` columns of the vocabulary that are this program's, to out [splits, size, C].
     Grid: tiles, splits.
     """
-    i, j = tile_place(size, C, BLOCK_M, BLOCK_N)
+    i, j = tile_place(tl.program_id(0), size, C, BLOCK_M, BLOCK_N)
     m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     local = i * BLOCK_M + m
     counted = tl.load(count)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isheep_kernels.attention_packed import capability
 from isheep_kernels.lang import tl, triton
+from isheep_kernels.tiles import capability, tile_place
 from isheep_kernels.variant import TYPES, Variant
 
 FEW_ROWS = 64  # at most this many: w streams once past them, and low is computed on the way
@@ -286,17 +286,6 @@ def _product_launch(T: int, K: int, R: int, dtype: torch.dtype, chip: int, maske
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 DRAWS = "key_low", "key_high", "threshold"  # numbers that no kernel is compiled anew for; nor for how many rows
-GROUP = tl.constexpr(8)  # rows of tiles that are walked side by side, so that their tiles of w come from the cache
-
-
-@triton.jit
-def tile_place(num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(i, j), int64: which tile of a [num_rows, num_columns] result this program of a one-dimensional grid makes."""
-    across, down = tl.cdiv(num_columns, BLOCK_N), tl.cdiv(num_rows, BLOCK_M)
-    group = tl.program_id(0) // (GROUP * across)
-    height = tl.minimum(down - group * GROUP, GROUP)
-    place = tl.program_id(0) - group * GROUP * across
-    return (group * GROUP + place % height).to(tl.int64), (place // height).to(tl.int64)
 
 
 @triton.jit
@@ -387,7 +376,7 @@ def _lora_product_kernel(
 
     With SHRINK `low` is a [R, K], and its product with x is summed beside that with w.
     """
-    i, j = tile_place(T, N, BLOCK_M, BLOCK_N)
+    i, j = tile_place(tl.program_id(0), T, N, BLOCK_M, BLOCK_N)
     rows, columns = i * BLOCK_M + tl.arange(0, BLOCK_M), j * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     has_row, has_column, has_rank = (rows < T)[:, None], (columns < N)[None, :], (r < R)[None, :]

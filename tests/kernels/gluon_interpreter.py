@@ -2,11 +2,12 @@
 
     monkeypatch.setattr(module, "_some_kernel", Interpreted(module._some_kernel, seed=0))
 
-What is asynchronous on the chip happens as late as it may, or as early: a TMA copy arrives at any moment after its issue,
-a warpgroup product reads its operands when it is waited for. Who runs next is decided by priorities that are drawn, and
-drawn again now and then, so that some threads run far ahead of others. Shared memory begins as NaN, an element of an
-output may be written once. So a missing wait, a slot that is given back too soon, a barrier with the wrong phase or
-count shows as a wrong number, a deadlock or an error, for some seed. Layouts mean nothing here: the compiler checks them.
+What is asynchronous on the chip happens as late as it may, or as early: a TMA copy arrives at any moment after its
+issue, a warpgroup product reads its operands when it is waited for. Who runs next is decided by priorities that are
+drawn, and drawn again now and then, so that some threads run far ahead of others. Shared memory begins as NaN, an
+element of an output may be written once. So a missing wait, a slot that is given back too soon, a barrier with the
+wrong phase or count shows as a wrong number, a deadlock or an error, for some seed. Layouts mean nothing here: the
+compiler checks them.
 """
 
 import contextlib
@@ -113,7 +114,7 @@ class Chip:
             self.all_done.set()
 
 
-chip: Chip  # the one that runs
+chip = Chip(0, 0)  # the one that runs
 
 
 class Barrier:
@@ -130,7 +131,7 @@ class Barrier:
             self.missing, self.completed = self.count, self.completed + 1
 
 
-class mbarrier:  # noqa: N801 the names of Gluon
+class mbarrier:
     MBarrierLayout = staticmethod(lambda: None)
 
     @staticmethod
@@ -238,8 +239,8 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
     queue = chip.now.products
     while len(queue) > num_outstanding:
         queue.pop(0).finish()
-    values = [dep.value if isinstance(dep, Product) else dep for dep in deps]
-    assert all(value is not None for value in values), "a product is used before it is done"
+    # What is still in flight can be added to by the next product, and nothing else.
+    values = [dep.value if isinstance(dep, Product) and dep.value is not None else dep for dep in deps]
     return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from isheep.model import ops
 from isheep.model.batch import PackedBatch
-from isheep_kernels.attention_packed import attention_packed, attention_packed_ref, find_tile, num_tiles
+from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
+from isheep_kernels.tiles import find_tile, num_tiles
 from tests.kernels.fence import INTERPRETED, assert_kernel_is_as_good_as
 from tests.kernels.yardstick import DTYPES, assert_as_good_as, randn
 

@@ -1,0 +1,89 @@
+"""What kernels share that give Hopper's warpgroups each a thing to do: a producer, and consumers that multiply.
+
+The producer brings tiles into shared memory by TMA, ahead of their use. They pass through rings of slots. A ring is
+(full, empty), a barrier each for every slot; a slot's turn, how often it was used before, says their phase.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isheep_kernels.lang import TensorDescriptor, gl, gluon, mbarrier
+
+ROWS = gl.constexpr(64)  # of a warpgroup's product, so of a consumer
+CONSUMERS = gl.constexpr(2)
+CONSUMER_REGISTERS = gl.constexpr(240)  # a thread; the producer keeps 24
+WARPS = {"num_warps": 4, "maxnreg": 168}  # of the producer, which begins; with three warpgroups these are all registers
+
+
+def descriptor(x: Tensor, block: list[int]) -> Any:
+    """x [M, N] of 16-bit numbers, of which TMA copies a block at a time."""
+    return TensorDescriptor.from_tensor(x, block, layout(block))
+
+
+def descriptor_type(dtype: str, block: list[int]) -> str:
+    """How the compiler calls `descriptor`."""
+    return f"tensordesc<{dtype}{block},{layout(block)!r}>"
+
+
+def layout(block: list[int]) -> Any:
+    """Of a block of 16-bit numbers in shared memory: swizzled as products read it."""
+    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+
+
+def num_programs(x: Tensor) -> int:
+    """One a multiprocessor. In an interpreter, two."""
+    return _multiprocessors(x.device) if x.is_cuda else 2
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@gluon.jit
+def new_ring(SLOTS: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr = 1):
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=WRITERS)
+        mbarrier.init(empty.index(slot), count=READERS)
+    return full, empty
+
+
+@gluon.jit
+def claim(ring, slot, turn):
+    """Wait until all have read what was in the slot."""
+    _, empty = ring
+    mbarrier.wait(empty.index(slot), turn & 1 ^ 1)
+
+
+@gluon.jit
+def expect(ring, slot, num_bytes: gl.constexpr):
+    """Say what will have come when the slot is full. -> the barrier that copies are to tell."""
+    full, _ = ring
+    mbarrier.expect(full.index(slot), num_bytes)
+    return full.index(slot)
+
+
+@gluon.jit
+def commit(ring, slot):
+    """Say that a slot is full that was written by stores."""
+    full, _ = ring
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def await_full(ring, slot, turn):
+    """Wait until the slot is full."""
+    full, _ = ring
+    mbarrier.wait(full.index(slot), turn & 1)
+
+
+@gluon.jit
+def release(ring, slot):
+    """Say that this consumer has read the slot."""
+    _, empty = ring
+    mbarrier.arrive(empty.index(slot), count=1)
