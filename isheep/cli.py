@@ -181,9 +181,18 @@ def _module() -> str:
 
 
 def pick_device(name: str) -> "torch.device":
-    """'auto' is the first CUDA device, or the CPU where there is none."""
+    """'auto' is the first CUDA device, or the CPU where there is none.
+
+    UserError where there is no such device, or ISHEEP_KERNELS is no choice.
+    """
     import torch
 
+    from isheep_kernels.choice import asked_for
+
+    try:
+        asked_for("")
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

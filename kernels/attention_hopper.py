@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isheep_kernels.choice import asked_for
 from isheep_kernels.hopper import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -31,19 +32,20 @@ from isheep_kernels.hopper import (
     num_programs,
     release,
 )  # fmt: skip
-from isheep_kernels.lang import copy_in, fence_async_shared, gl, gluon, warpgroup_mma, warpgroup_mma_wait
+from isheep_kernels.lang import copy_in, fence_async_shared, gl, gluon, in_gluon, warpgroup_mma, warpgroup_mma_wait
 from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
 
 BLOCK_M = gl.constexpr(128)  # queries of a job: ROWS for each consumer
 BLOCK_N = gl.constexpr(128)  # keys at a time; in backward, keys of a job
 
-find_tile = gluon.jit(find_tile.fn)
+find_tile = in_gluon(find_tile)
 
 
 def serves(q: Tensor) -> bool:
-    """Whether these kernels take q [T, H, D]."""
-    return capability(q) == 90 and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in (64, 128)
+    """Whether these kernels are asked for and take q [T, H, D]."""
+    takes = capability(q) == 90 and q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in (64, 128)
+    return takes and asked_for("hopper")
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -68,9 +70,9 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, dy: Tensor, lse: Tensor, delta: Tensor, cu_seqlens: Tensor, scale: float,
     dq: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dk and dv [T, G, D] from y's gradient dy [T, H, D], forward's lse and delta [H, T] = Σ_d dy y, fp32 both.
+    """dk and dv [T, G, D] from y's gradient dy [T, H, D], forward's lse, and delta [H, T] = Σ_d dy y, fp32 both.
 
-    dq [T, H, D] fp32 is added to, by atomics: its last bits change from run to run. None leaves it out.
+    dq [T, H, D] fp32, if any, is added to, by atomics: its last bits change from run to run.
     """
     (T, H, D), G, dk, dv = q.shape, k.shape[1], torch.empty_like(k), torch.empty_like(v)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)

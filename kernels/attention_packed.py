@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isheep_kernels import attention_hopper
 from isheep_kernels.lang import tl, triton
 from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
@@ -42,6 +43,7 @@ def attention_packed(
 
     q [T, H, D], k and v [T, G, D] in fp32, fp16 or bf16, D at most 256, H a multiple of G; cu_seqlens [S + 1] int32 on
     their device, from 0 to T; scale > 0 -> y [T, H, D]. Products of the inputs' dtype are summed in fp32.
+    On Hopper, where asked for (choice.py), attention_hopper.py computes it, and its backward at D = 128.
     Backward adds up dq by atomics in one sweep of five matmuls, so its last bits change from run to run;
     `deterministic` gives dq a sweep of its own, seven matmuls in all. ValueError where shapes or dtypes do not fit.
     """
@@ -56,13 +58,8 @@ def attention_packed(
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, deterministic: bool) -> Tensor:
-        (T, H, D), y = q.shape, torch.empty_like(q)
-        lse = q.new_empty(H, T, dtype=torch.float32)
-        tile = forward_tile(D, q.dtype, capability(q))
-        grid = (num_tiles(T, cu, tile.m), H)
-        _attention_packed_kernel[grid](
-            q, k, v, y, lse, cu, T, len(cu) - 1, scale, **_constants(D, H // k.shape[1], tile)
-        )
+        forward = attention_hopper.forward if attention_hopper.serves(q) else _forward
+        y, lse = forward(q, k, v, cu, scale)
         ctx.save_for_backward(q, k, v, y, lse, cu)
         ctx.scale, ctx.deterministic = scale, deterministic
         return y
@@ -70,20 +67,41 @@ class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, lse, cu = ctx.saved_tensors
-        (T, H, D), G, dy = q.shape, k.shape[1], grads[0].contiguous()
-        delta, dk, dv = torch.empty_like(lse), torch.empty_like(k), torch.empty_like(v)
+        (T, H, D), G, dy, delta = q.shape, k.shape[1], grads[0].contiguous(), torch.empty_like(lse)
         _attention_packed_delta_kernel[(triton.cdiv(T, DELTA_ROWS), H)](y, dy, delta, T, **_delta_constants(D))
-        inputs, sizes = (q, k, v, dy, lse, delta), (cu, T, len(cu) - 1, ctx.scale)
-
-        tile = backward_tile(D, q.dtype, capability(q))
+        inputs = q, k, v, dy, lse, delta
         dq = None if ctx.deterministic else torch.zeros_like(q, dtype=torch.float32)
-        constants = _constants(D, H // G, tile) | {"ADD_DQ": dq is not None}
-        _attention_packed_dkdv_kernel[(num_tiles(T, cu, tile.n), G)](*inputs, dq, dk, dv, *sizes, **constants)
+        backward = attention_hopper.backward if attention_hopper.serves_backward(q) else _backward
+        dk, dv = backward(*inputs, cu, ctx.scale, dq)
         if dq is None:
             tile, dq = dq_tile(D, q.dtype, capability(q)), torch.empty_like(q)
-            grid = (num_tiles(T, cu, tile.m), H)
-            _attention_packed_dq_kernel[grid](*inputs, dq, *sizes, **_constants(D, H // G, tile))
+            _attention_packed_dq_kernel[(num_tiles(T, cu, tile.m), H)](
+                *inputs, dq, cu, T, len(cu) - 1, ctx.scale, **_constants(D, H // G, tile)
+            )
         return dq.to(q.dtype), dk, dv, None, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """y [T, H, D] and lse [H, T] fp32, divided by scale."""
+    (T, H, D), y = q.shape, torch.empty_like(q)
+    lse, tile = q.new_empty(H, T, dtype=torch.float32), forward_tile(D, q.dtype, capability(q))
+    _attention_packed_kernel[(num_tiles(T, cu, tile.m), H)](
+        q, k, v, y, lse, cu, T, len(cu) - 1, scale, **_constants(D, H // k.shape[1], tile)
+    )
+    return y, lse
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, lse: Tensor, delta: Tensor, cu: Tensor, scale: float, dq: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dk and dv [T, G, D] from dy, forward's lse, and delta [H, T] = Σ_d dy y; dq [T, H, D] fp32, if any, added to."""
+    (T, H, D), G, dk, dv = q.shape, k.shape[1], torch.empty_like(k), torch.empty_like(v)
+    tile = backward_tile(D, q.dtype, capability(q))
+    _attention_packed_dkdv_kernel[(num_tiles(T, cu, tile.n), G)](
+        q, k, v, dy, lse, delta, dq, dk, dv, cu, T, len(cu) - 1, scale,
+        **_constants(D, H // G, tile), ADD_DQ=dq is not None,
+    )  # fmt: skip
+    return dk, dv
 
 
 # ---- what a launch fixes ---------------------------------------------------------------------------------------------

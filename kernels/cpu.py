@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from isheep_kernels.choice import asked_for
+
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_train.cpp", "lanes.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -61,16 +63,11 @@ def _keep_freed_memory() -> None:
     mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def only_definitions() -> bool:
-    """Whether ISHEEP_KERNELS=torch asks for torch's definitions on every device, to see what a kernel changes."""
-    return os.environ.get("ISHEEP_KERNELS") == "torch"
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None on a machine without g++ or where compiling failed."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
-    if only_definitions() or compiler is None or not shutil.which(compiler):
+    if asked_for("torch") or compiler is None or not shutil.which(compiler):
         return None
     made_from = [*(source.read_text() for source in SOURCES), *FLAGS, compiler, _processor()]
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]

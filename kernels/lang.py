@@ -30,12 +30,19 @@ warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_w
 # From a tensor in memory to shared memory by TMA: (descriptor, [row, column], barrier, shared memory).
 copy_in = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
 
+
+def in_gluon(function: Any) -> Any:
+    """A Triton function, of scalars, to be called by Gluon kernels."""
+    return gluon.jit(getattr(function, "fn", function))
+
+
 __all__ = [
     "TensorDescriptor",
     "copy_in",
     "fence_async_shared",
     "gl",
     "gluon",
+    "in_gluon",
     "mbarrier",
     "tl",
     "triton",

@@ -83,6 +83,12 @@ def test_devices() -> None:
         pick_device("cuda:99")
 
 
+def test_kernels_that_are_not_there_are_refused_before_the_model_is_read(monkeypatch):
+    monkeypatch.setenv("ISHEEP_KERNELS", "cuda")
+    with pytest.raises(UserError, match='ISHEEP_KERNELS is "cuda" and can be torch, hopper, or be left out'):
+        pick_device("cpu")
+
+
 def test_help_needs_no_torch() -> None:
     """A mistyped flag or --help answers at once: torch takes seconds to import."""
     program = "import sys, isheep.cli; sys.exit('torch' in sys.modules)"

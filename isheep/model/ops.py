@@ -1,8 +1,9 @@
 """The operations of the decoder, and the one place that picks who computes them.
 
 On a CPU in fp32 and bf16, where a compiler is at hand, C++ (`isheep_kernels.cpu_ops`); on a GPU in fp32, fp16 and bf16
-Triton; elsewhere, and everywhere with ISHEEP_KERNELS=torch in the environment, torch's definitions (`*_ref`). `backend`
-says which, for the run's log. Every operation has a gradient for what can be trained, but for those on the cache.
+Triton; elsewhere torch's definitions (`*_ref`). ISHEEP_KERNELS in the environment can choose otherwise
+(`isheep_kernels.choice`). `backend` says which, for the run's log. Every operation has a gradient for what can be
+trained, but for those on the cache.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from isheep_kernels import rms_norm as _norm
 from isheep_kernels import rope as _rope
 from isheep_kernels import sampling as _sampling
 from isheep_kernels import swiglu as _swiglu
+from isheep_kernels.choice import asked_for
 from isheep_kernels.linear_cross_entropy import IGNORE
 from isheep_kernels.lora_matmul import Dropout, Projection, dropout_mask
 from isheep_kernels.variant import TYPES
@@ -35,7 +37,7 @@ def backend(x: Tensor) -> str:
     if cpu.serves(x):
         return "cpp"
     plain = type(x) in (Tensor, Parameter)  # another kind of tensor, such as a fake one, need not have an address
-    return "triton" if plain and x.is_cuda and x.dtype in TYPES and not cpu.only_definitions() else "torch"
+    return "triton" if plain and x.is_cuda and x.dtype in TYPES and not asked_for("torch") else "torch"
 
 
 def _by(x: Tensor, *, cpp: Callable, triton: Callable, torch: Callable) -> Callable:

@@ -66,6 +66,7 @@ class Chip:
         warps.priority = self.random.random()
         self.warps.append(warps)
 
+        @torch.no_grad()
         def body() -> None:
             warps.turn.acquire()
             try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isheep_kernels import attention_hopper
-from isheep_kernels.attention_packed import attention_packed_ref
+from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
 from tests.kernels.fence import fenced
 from tests.kernels.gluon_interpreter import Interpreted
 from tests.kernels.yardstick import assert_as_good_as, randn
@@ -100,3 +100,22 @@ def test_backward_in_any_order_of_events(interpreted, seed):
     dk, dv = attention_hopper.backward(q, k, v, dy, lse, delta, torch.tensor(ends, dtype=torch.int32), scale, dq)
     for triple in zip((dq.half(), dk, dv), ref, truth, strict=True):
         assert_as_good_as(*triple)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_attention_packed_takes_them_where_they_are_asked_for(interpreted, monkeypatch, deterministic):
+    q, k, v, ends = inputs(2, 1, 128, torch.float16, (140, 1, 30))
+    dy, cu = randn(*q.shape, seed=9, dtype=torch.float16), torch.tensor(ends, dtype=torch.int32)
+    kernels = interpreted(seed=3)
+    monkeypatch.setattr(attention_hopper, "capability", lambda x: 90)
+    for asked, launches in (("", 0), ("hopper", 1)):
+        monkeypatch.setenv("ISHEEP_KERNELS", asked)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        y = attention_packed(*leaves, cu, 0.1, deterministic)
+        got = y.detach(), *torch.autograd.grad(y, leaves, dy)
+        assert [kernel.launches for kernel in kernels.values()] == [launches, launches]
+        ref = attention_packed_ref(q, k, v, ends, 0.1), *gradients(q, k, v, dy, ends, 0.1)[0]
+        wide = [x.double() for x in (q, k, v)]
+        truth = attention_packed_ref(*wide, ends, 0.1), *gradients(*wide, dy.double(), ends, 0.1)[0]
+        for triple in zip(got, ref, truth, strict=True):
+            assert_as_good_as(*triple)

@@ -9,6 +9,7 @@ import torch
 
 from isheep.model import ops
 from isheep_kernels import cpu
+from isheep_kernels.choice import asked_for
 
 
 def test_the_definitions_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +20,12 @@ def test_the_definitions_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         monkeypatch.undo()
         cpu.library.cache_clear()
+
+
+def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISHEEP_KERNELS", "triton")
+    with pytest.raises(ValueError, match='ISHEEP_KERNELS is "triton" and can be torch, hopper, or be left out'):
+        asked_for("")
 
 
 def test_what_has_no_kernel_is_left_to_torch() -> None:
