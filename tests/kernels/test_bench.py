@@ -65,7 +65,7 @@ def test_each_case_is_checked_against_its_definition(op, small):
 def test_every_op_with_a_kernel_has_cases_a_test_and_a_row():
     tests, kernels = Path(__file__).parent, Path(bench.__file__).parent
     rows = re.findall(r"^\| `(\w+)`", (kernels / "README.md").read_text(), re.MULTILINE)
-    parts = {"attention_hopper": "attention_packed"}  # one chip's kernels of an op
+    parts = {"attention_hopper": "attention_packed", "lora_hopper": "lora_matmul"}  # one chip's kernels of an op
     for module in ops():
         assert parts.get(module, module) in rows and (tests / f"test_{module}.py").exists()
     assert set(OPS) == {parts.get(module, module) for module in ops()}
