@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isheep_kernels import lora_hopper
 from isheep_kernels.lang import tl, triton
 from isheep_kernels.tiles import capability, tile_place
 from isheep_kernels.variant import TYPES, Variant
@@ -225,6 +226,8 @@ def _product(
     shrink, add = low.dim() == 2, y is not None
     if shrink and triton.next_power_of_2(R) > 32:  # too wide to ride along
         low, shrink = _down(x, low), False
+    if not shrink and dropout is None and lora_hopper.serves(x, w, R):
+        return lora_hopper.product(x, w, bias, low, b, scale, y)
     if not _fused(T, K, capability(x)):
         y = F.linear(x, w, bias) if y is None else y.addmm_(x, w.t())
         K, bias, add = 0, None, True  # what is left for the kernel

@@ -1,6 +1,6 @@
 """Runs a Gluon kernel on the CPU, as Triton's interpreter runs Triton's: partitions as threads, one at a time.
 
-    monkeypatch.setattr(module, "_some_kernel", Interpreted(module._some_kernel, seed=0))
+    kernels = interpret(monkeypatch, module, seed=0)
 
 What is asynchronous on the chip happens as late as it may, or as early: a TMA copy arrives at any moment after its
 issue, a warpgroup product reads its operands when it is waited for. Who runs next is decided by priorities that are
@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as real
@@ -342,6 +343,7 @@ class Language:
     max = staticmethod(lambda x, axis: x.amax(axis))
     sum = staticmethod(lambda x, axis: x.sum(axis))
     maximum = torch.maximum
+    minimum = staticmethod(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)))
     where = staticmethod(lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b))
     convert_layout = staticmethod(lambda x, layout: x)
     program_id = staticmethod(lambda axis: torch.tensor(chip.now.program, dtype=torch.int32))  # type: ignore[union-attr]
@@ -402,6 +404,14 @@ class Interpreted:
                 raise chip.error
 
         return launch
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType, seed: int) -> dict[str, Interpreted]:
+    """Replace the kernels of a module by what runs here; a kernel's name ends in "_kernel"."""
+    kernels = {name: Interpreted(kernel, seed) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(module, name, kernel)
+    return kernels
 
 
 def _given(value: Any) -> Any:

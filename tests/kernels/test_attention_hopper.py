@@ -8,24 +8,11 @@ import torch
 from isheep_kernels import attention_hopper
 from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
 from tests.kernels.fence import fenced
-from tests.kernels.gluon_interpreter import Interpreted
+from tests.kernels.gluon_interpreter import interpret
 from tests.kernels.yardstick import assert_as_good_as, randn
 
 LENS = (1, 129, 0, 300, 64, 128, 0)  # around the tile of 128, one token, nothing, nothing at the end
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    kernels = {}
-
-    def use(seed):
-        for name in ("_attention_hopper_kernel", "_attention_hopper_backward_kernel"):
-            kernels[name] = Interpreted(getattr(attention_hopper, name), seed)
-            monkeypatch.setattr(attention_hopper, name, kernels[name])
-        return kernels
-
-    return use
 
 
 def inputs(heads, kv_heads, head_dim, dtype, lens=LENS):
@@ -43,10 +30,10 @@ def lse_ref(q, k, ends, scale):
 
 @HALVES
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 64), (2, 2, 128)])
-def test_forward(interpreted, heads, kv_heads, head_dim, dtype):
+def test_forward(monkeypatch, heads, kv_heads, head_dim, dtype):
     q, k, v, ends = inputs(heads, kv_heads, head_dim, dtype)
     scale = head_dim**-0.5
-    kernels = interpreted(seed=heads)
+    kernels = interpret(monkeypatch, attention_hopper, seed=heads)
     y, _ = attention_hopper.forward(*map(fenced, (q, k, v)), fenced(torch.tensor(ends, dtype=torch.int32)), scale)
     truth = attention_packed_ref(q.double(), k.double(), v.double(), ends, scale)
     assert_as_good_as(y, attention_packed_ref(q, k, v, ends, scale), truth)
@@ -54,10 +41,10 @@ def test_forward(interpreted, heads, kv_heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_order_of_events(interpreted, seed):
+def test_any_order_of_events(monkeypatch, seed):
     """Few, long jobs and many short ones, at whatever pace the partitions go."""
     q, k, v, ends = inputs(2, 2, 64, torch.float16, (520, 3, 5, 2, 140))
-    interpreted(seed)
+    interpret(monkeypatch, attention_hopper, seed)
     y, lse = attention_hopper.forward(q, k, v, torch.tensor(ends, dtype=torch.int32), 0.125)
     truth = attention_packed_ref(q.double(), k.double(), v.double(), ends, 0.125)
     assert_as_good_as(y, attention_packed_ref(q, k, v, ends, 0.125), truth)
@@ -74,10 +61,10 @@ def gradients(q, k, v, dy, ends, scale):
 @HALVES
 @pytest.mark.parametrize("add_dq", [True, False], ids=["dq", "no dq"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2)])
-def test_backward(interpreted, heads, kv_heads, add_dq, dtype):
+def test_backward(monkeypatch, heads, kv_heads, add_dq, dtype):
     q, k, v, ends = inputs(heads, kv_heads, 128, dtype)
     dy, scale, group = randn(*q.shape, seed=9, dtype=dtype), 128**-0.5, heads // kv_heads
-    interpreted(seed=heads)
+    interpret(monkeypatch, attention_hopper, seed=heads)
     ref, _ = gradients(q, k, v, dy, ends, scale)
     truth, delta = gradients(*(x.double() for x in (q, k, v, dy)), ends, scale)
     lse = lse_ref(q, k.repeat_interleave(group, 1), ends, scale).float()
@@ -90,10 +77,10 @@ def test_backward(interpreted, heads, kv_heads, add_dq, dtype):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_backward_in_any_order_of_events(interpreted, seed):
+def test_backward_in_any_order_of_events(monkeypatch, seed):
     q, k, v, ends = inputs(2, 1, 128, torch.float16, (260, 3, 2, 140))
     dy, scale = randn(*q.shape, seed=9, dtype=torch.float16), 0.09
-    interpreted(seed)
+    interpret(monkeypatch, attention_hopper, seed)
     ref, _ = gradients(q, k, v, dy, ends, scale)
     truth, delta = gradients(*(x.double() for x in (q, k, v, dy)), ends, scale)
     lse, dq = lse_ref(q, k.repeat_interleave(2, 1), ends, scale).float(), torch.zeros(q.shape)
@@ -103,10 +90,10 @@ def test_backward_in_any_order_of_events(interpreted, seed):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_attention_packed_takes_them_where_they_are_asked_for(interpreted, monkeypatch, deterministic):
+def test_attention_packed_takes_them_where_they_are_asked_for(monkeypatch, deterministic):
     q, k, v, ends = inputs(2, 1, 128, torch.float16, (140, 1, 30))
     dy, cu = randn(*q.shape, seed=9, dtype=torch.float16), torch.tensor(ends, dtype=torch.int32)
-    kernels = interpreted(seed=3)
+    kernels = interpret(monkeypatch, attention_hopper, seed=3)
     monkeypatch.setattr(attention_hopper, "capability", lambda x: 90)
     for asked, launches in (("", 0), ("hopper", 1)):
         monkeypatch.setenv("ISHEEP_KERNELS", asked)
