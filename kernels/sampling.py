@@ -6,8 +6,9 @@ share it, at an id. The logit is searched for in the order of its bits, eight wa
 each of eight pivots. A program draws for one row, which comes from memory once and from the level-2 cache after that:
 
     always    3 passes: the best logit; the weight of the survivors, tile by tile; that of all, for the log-probability
-    top-k     7 more (12 in fp32): 16 bits are found three at a time, then the id
-    top-p     5 more (about 8 in fp32): what is left, some hundred logits that the cut can lie at, then the id
+    top-k     up to 7 more: 16 bits found three at a time, then the id; where logits are mostly above zero, 4 or so
+    top-p     about 5 more: what is left, the few hundred logits that the cut can be, then the id
+    in fp32   6 more for each of these
 """
 
 from collections.abc import Iterator
@@ -94,15 +95,15 @@ def _sample_kernel(
     """One row. Keys above `cut` survive and, at the cut, ids up to `last`; of them all that weigh `floor` or more."""
     b = tl.program_id(0).to(tl.int64)
     row = logits + b * stride
-    best = _best(row, V, BLOCK)
+    best, common = _best(row, V, BLOCK)
     highest = _key(best.to(row.dtype.element_ty))
     heat, k, p = tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b)
     hot = heat > 0
     rate = 1 / tl.where(hot, heat, 1.0)
     cut, last = tl.where(hot, BELOW, highest), tl.full([], LAST, tl.int32)
     if hot & (k > 0) & (k < V):
-        lowest = _key(tl.full([], -float("inf"), row.dtype.element_ty))
-        cut, last = _prefix(row, V, best, rate, cut, last, lowest, highest, k.to(tl.float64), False, BLOCK, TILES)
+        low = _key(tl.where(k <= BLOCK, common, -float("inf")).to(row.dtype.element_ty))
+        cut, last = _prefix(row, V, best, rate, cut, last, low, highest, k.to(tl.float64), False, BLOCK, TILES)
     if hot & (p < 1):
         left = tl.sum(_sums(row, V, best, rate, cut, last, 0.0, False, BLOCK, TILES), 0)
         # whatever weighs less than (1 − p) / V weighs, all together, less than top-p leaves out
@@ -119,11 +120,11 @@ def _sample_kernel(
 
 @triton.jit
 def _best(row, V, BLOCK: tl.constexpr):
-    """The largest logit of a row, fp32."""
+    """The largest logit of a row, and one that BLOCK of them reach, if there are as many; fp32."""
     high = tl.full([BLOCK], LEAST, tl.float32)
     for start in range(0, V, BLOCK):
         high = tl.maximum(high, _load(row, start, V, BLOCK)[1].to(tl.float32))
-    return tl.max(high, 0)
+    return tl.max(high, 0), tl.min(high, 0)
 
 
 @triton.jit

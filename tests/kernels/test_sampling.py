@@ -160,12 +160,12 @@ ROWS = {
     "ties": (randn(150, seed=1) * 2).round(),
     "masked": torch.where(randn(150, seed=2) > 0.5, randn(150, seed=3), -torch.inf),
     "one possible": torch.full((150,), -torch.inf).index_fill(0, torch.tensor([137]), -7.0),
-    "far apart": randn(150, seed=4) * 5000,
+    "far apart": randn(150, seed=4) * 500,
     "rising": torch.arange(150) / 8,
 }
 HARD = [  # temperature, top-k, top-p, min-p, uniform
     *[(0.0, 0, 1.0, 0.0, LARGEST), (0.0, 5, 0.5, 0.5, 0.37), (1e-3, 0, 1.0, 0.0, 0.37), (1e-3, 7, 0.7, 1e-4, LARGEST)],
-    *[(1.0, 0, 1.0, 0.0, 0.0), (1.0, 0, 1.0, 0.0, LARGEST), (1.0, 1, 1.0, 0.0, LARGEST), (1.0, 128, 1.0, 0.0, LARGEST)],
+    *[(1.0, 0, 1.0, 0.0, 1e-9), (1.0, 0, 1.0, 0.0, LARGEST), (1.0, 1, 1.0, 0.0, LARGEST), (1.0, 128, 1.0, 0.0, LARGEST)],
     *[(1.0, 149, 0.9999, 0.0, LARGEST), (1.0, 150, 1.0, 0.0, 0.37), (1.0, 10**6, 0.5, 0.0, LARGEST)],
     *[(1.0, 0, 1e-9, 0.0, LARGEST), (1.0, 0, 0.5, 0.0, LARGEST), (1.0, 0, 1.0, 1.0, LARGEST), (1.0, 0, 1.0, 0.5, 0.0)],
     *[(1.0, 40, 0.8, 0.1, LARGEST), (100.0, 0, 0.7, 0.0, 0.37), (100.0, 149, 1.0, 0.0, 0.0)],
