@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isheep_kernels.lang import TensorDescriptor, gl, gluon, mbarrier
+from isheep_kernels.lang import TensorDescriptor, fence_async_shared, gl, gluon, mbarrier
 
 ROWS = gl.constexpr(64)  # of a warpgroup's product, so of a consumer
 CONSUMERS = gl.constexpr(2)
@@ -50,6 +50,7 @@ def new_ring(SLOTS: gl.constexpr, READERS: gl.constexpr, WRITERS: gl.constexpr =
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=WRITERS)
         mbarrier.init(empty.index(slot), count=READERS)
+    fence_async_shared()  # TMA, too, sees them as they are now
     return full, empty
 
 
