@@ -87,7 +87,8 @@ def _launch(V: int) -> dict[str, int]:
 # ---- the kernel: a row points to V logits; a weight is exp((logit − best) · rate), rate one over the temperature -----
 
 
-@triton.jit
+# not once for each alignment: the parameters may be slices of one copy from the host
+@triton.jit(do_not_specialize_on_alignment=["temperature", "top_k", "top_p", "min_p", "uniform", "tokens", "logprobs"])
 def _sample_kernel(
     logits, temperature, top_k, top_p, min_p, uniform, tokens, logprobs, V, stride,
     BLOCK: tl.constexpr, TILES: tl.constexpr,
