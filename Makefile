@@ -19,7 +19,8 @@ test: venv
 	$(PY) -m pytest -q -n 2 -m "not gpu"
 
 test-gpu: venv
-	TRITON_INTERPRET=0 $(PY) -m pytest -q tests/gpu
+	TRITON_INTERPRET=0 $(PY) -m pytest -q tests/gpu --ignore tests/gpu/test_hopper.py
+	TRITON_INTERPRET=0 timeout 900 $(PY) -m pytest -q tests/gpu/test_hopper.py
 
 compiled: venv
 	$(PY) -m isheep_kernels.compiled

@@ -1,6 +1,7 @@
 """The kernels against the limit of the chip and against their rivals.
 
-    python -m isheep_kernels.bench [op …] [--models qwen1.5-7b …] [--chip h200|h100|a100|a800] [--csv FILE]
+    [ISHEEP_KERNELS=hopper] python -m isheep_kernels.bench [op …] [--models qwen1.5-7b …] [--chip h200|h100|a100|a800]
+        [--csv FILE]
 
 Without a GPU it prints, for each op and shape, the floating-point operations and bytes that the work cannot do without
 and the time that the named chip's data sheet allows: a limit, nothing measured. With one it first compares the op with
@@ -11,6 +12,7 @@ them. A rival that does not run here is left out, with its reason. Last come the
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -233,7 +235,8 @@ def this_chip(data_sheet: str) -> tuple[Chip, Callable[[Case, Chip], Row]]:
     if torch.cuda.is_available():
         chip, row = ceilings(), measured
         versions = f"torch {torch.__version__}, triton {triton.__version__}, cuDNN {torch.backends.cudnn.version()}"
-        print(f"{torch.cuda.get_device_name()}, {versions}", end=", this run: ")
+        asked = f", ISHEEP_KERNELS={choice}" if (choice := os.environ.get("ISHEEP_KERNELS")) else ""
+        print(f"{torch.cuda.get_device_name()}, {versions}{asked}", end=", this run: ")
     else:
         chip, row = CHIPS[data_sheet], counted
         print(f"No GPU here: nothing is measured. What the data sheet of an {data_sheet} allows", end=": ")

@@ -4,6 +4,7 @@ Counts are of floating-point operations and of bytes that cannot be done without
 takes a model's name and shape and yields its cases.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -240,7 +241,7 @@ def lora_linear_cases(name: str, T: int, K: int, N: int) -> Iterator[Case]:
         return {"x": randn(T, K), "bias": None, "scale": SCALE} | frozen_and_adapter(K, N)
 
     def form(widest: int, **inputs: Any) -> Tensor:
-        with patch.dict(FUSED_UP_TO, dict.fromkeys(FUSED_UP_TO, widest)):
+        with patch.dict(FUSED_UP_TO, dict.fromkeys(FUSED_UP_TO, widest)), patch.dict(os.environ, ISHEEP_KERNELS=""):
             return lora_matmul(**inputs)
 
     forms = {"one kernel": partial(form, 1 << 30), "library product and a pass": partial(form, 0)}

@@ -85,7 +85,7 @@ def compile_variant(variant: Variant, chip: int) -> Compiled:
 
 
 def problems(compiled: Compiled) -> list[str]:
-    """What must not ship: spills, too much shared memory, large products on Hopper without its instruction."""
+    """What must not ship: spills, too much shared memory, Hopper's code without Hopper's instructions."""
     variant, chip, _, spilled, shared, counts = compiled
     found = []
     if spilled:
@@ -94,6 +94,8 @@ def problems(compiled: Compiled) -> list[str]:
         found.append(f"takes {shared} bytes of shared memory of {SHARED[chip]}")
     if chip >= 90 and counts["HMMA"] and not counts["HGMMA"] and variant.constants.get("BLOCK_M", 0) >= WARPGROUP_ROWS:
         found.append("multiplies whole tiles without HGMMA")
+    if variant.maxnreg and not (counts["HGMMA"] and counts["UTMALDG"]):  # of a producer and consumers
+        found.append("has a producer and consumers, but not both HGMMA and UTMALDG")
     return [f"{variant.name} on sm_{chip} {what}" for what in found]
 
 

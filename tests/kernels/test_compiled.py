@@ -25,12 +25,14 @@ def test_every_kernel_compiles_for_both_chips_and_ships_without_spills(tmp_path)
     done = run(tmp_path, "--first")
     assert done.returncode == 0, done.stderr
     rows = {tuple(line[:62].rsplit(maxsplit=1)): line[62:].split() for line in done.stdout.splitlines()[2:]}
-    kernels = {v.kernel for op in compiled.ops() for v in compiled.variants(op, 80)}
-    assert len(rows) == 2 * len(kernels) >= 26
-    hmma, hgmma, ldgsts = 3, 4, 5
+    ampere, hopper = ({v.kernel for op in compiled.ops() for v in compiled.variants(op, chip)} for chip in (80, 90))
+    assert len(rows) == len(ampere) + len(hopper) and len(ampere) >= 13 and len(hopper - ampere) == 3
+    hmma, hgmma, ldgsts, utmaldg = 3, 4, 5, 6
     for product in ("lora_product many rows bias bf16", "linear_cross_entropy by hidden bf16"):
         ampere, hopper = rows[product, "sm_80"], rows[product, "sm_90"]
         assert int(ampere[hmma]) and int(ampere[ldgsts]) and int(hopper[hgmma]) and int(hopper[ldgsts])
+    of_producers = [row for (name, _), row in rows.items() if "_hopper " in name]
+    assert len(of_producers) == 3 and all(int(row[hgmma]) and int(row[utmaldg]) for row in of_producers)
 
 
 def test_an_unknown_op_is_an_error(tmp_path):
@@ -50,6 +52,9 @@ def test_what_must_not_ship():
         "product on sm_80 takes 166913 bytes of shared memory of 166912"
     ]
     assert problems(made(HMMA=1)) == ["product on sm_90 multiplies whole tiles without HGMMA"]
+    specialised = made(HGMMA=1)
+    specialised = specialised._replace(variant=specialised.variant._replace(maxnreg=168))
+    assert problems(specialised) == ["product on sm_90 has a producer and consumers, but not both HGMMA and UTMALDG"]
 
 
 def test_interpreted_kernels_are_not_compiled(monkeypatch):
