@@ -60,7 +60,7 @@ def draw(
     )
     if vocab is not None:
         return vocab_parallel.sample(adjusted, logits, *columns, vocab)
-    tokens, logprobs = ops.sample(adjusted, *(column.to(logits.device) for column in columns))
+    tokens, logprobs = ops.sample(adjusted, *_moved(columns, logits.device))
     asked = [i for i in changed if params[i].logprobs is not None]
     if asked:
         plain = logits[asked].float().log_softmax(-1)
@@ -117,21 +117,28 @@ def _change(row: Tensor, seq: Sequence, ends: frozenset[int], first: int) -> Non
     """
     p = seq.request.params
     if p.repetition_penalty != 1:
-        seen = _places(seq.token_ids, row, first).unique()
+        seen = _places(seq.token_ids, row, first).unique().to(row.device)
         values = row[seen]
         row[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
     if seq.num_output_tokens and (p.presence_penalty or p.frequency_penalty):
         seen, counts = _places(seq.output_token_ids, row, first).unique(return_counts=True)
-        row[seen] -= p.presence_penalty + p.frequency_penalty * counts
+        row[seen.to(row.device)] -= (p.presence_penalty + p.frequency_penalty * counts).to(row.device)
     if p.allowed_token_ids is not None:
-        allowed = _places(p.allowed_token_ids, row, first)
+        allowed = _places(p.allowed_token_ids, row, first).to(row.device)
         kept = row[allowed]
         row.fill_(-torch.inf)[allowed] = kept
     if seq.num_output_tokens < p.min_tokens:
-        row[_places(ends, row, first)] = -torch.inf
+        row[_places(ends, row, first).to(row.device)] = -torch.inf
 
 
 def _places(ids: Collection[int], row: Tensor, first: int) -> Tensor:
-    """Where in the row these token ids are; ids that it does not hold are left out."""
+    """Where in the row these token ids are, on the host; ids that it does not hold are left out."""
     places = torch.tensor(list(ids), dtype=torch.int64) - first
-    return places[(places >= 0) & (places < len(row))].to(row.device)
+    return places[(places >= 0) & (places < len(row))]
+
+
+def _moved(columns: Seq[Tensor], device: torch.device) -> list[Tensor]:
+    """The columns on a device, by one copy: each copy of what torch has not pinned waits for the device."""
+    sizes = [column.nbytes for column in columns]
+    packed = torch.cat([column.view(torch.uint8) for column in columns]).to(device)
+    return [part.view(column.dtype) for part, column in zip(packed.split(sizes), columns, strict=True)]
