@@ -6,8 +6,9 @@ sampling and scoring read the same fp32 tensors, and switching costs nothing. Fi
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -99,15 +100,22 @@ class Adapter:
     name: str
     config: LoRAConfig
     pairs: dict[str, LoRAPair]
+    serial: int = field(default_factory=count().__next__)  # of all that were ever attached
 
     @property
-    def version(self) -> int:
-        """Grows with every write to a tensor of the adapter: cached keys and values of another version are stale."""
-        return sum(p._version for p in self.parameters())
+    def version(self) -> tuple[int, int]:
+        """Grows with every write to a tensor of the adapter: cached keys and values of another version are stale.
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for pair in self.pairs.values():
-            yield from pair.parameters()
+        No other adapter ever has it, not even one that takes this one's name.
+        """
+        return self.serial, sum(p._version for p in self._parameters)
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return self._parameters
+
+    @cached_property
+    def _parameters(self) -> tuple[nn.Parameter, ...]:  # asked for at every step: walking modules takes a millisecond
+        return tuple(p for pair in self.pairs.values() for p in pair.parameters())
 
     def set_dropout(self, key: int, tokens: Tensor) -> None:
         """Masks of the next passes, over these tokens [T] int64, are functions of (key, layer, token, column).

@@ -8,7 +8,7 @@ Each step is one forward pass over the tokens the scheduler chose: prompts, part
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,7 +25,7 @@ from isheep.model.batch import PackedBatch, PagedMeta
 from isheep.model.transformer import KVCache, Transformer
 from isheep.sampler import sampling
 from isheep.sampler.block_manager import BlockManager
-from isheep.sampler.graphs import SPARE_BLOCKS, Passes, Salts
+from isheep.sampler.graphs import SPARE_BLOCKS, Passes
 from isheep.sampler.reading import Pools, read_prompts
 from isheep.sampler.request import Completion, Request, Sequence
 from isheep.sampler.scheduler import Chunk, Scheduler, Step
@@ -102,24 +102,25 @@ class Sampler:
         self.eos = frozenset(token for token in own if token is not None)
         self.stats = Stats()
         num_blocks = num_blocks or num_cache_blocks(model, cfg)
+        self._salts: dict[str | None, Hashable] = {None: None}
         self.scheduler = Scheduler(
             BlockManager(num_blocks, cfg.block_size, cfg.prefix_caching),
             cfg.max_num_seqs,
             cfg.max_num_batched_tokens,
-            lambda adapter: self._salts[adapter],
+            self._salts.__getitem__,
         )
         cache = model.new_kv_cache(num_blocks + SPARE_BLOCKS, cfg.block_size)
         self._passes: Passes | None = Passes(model, cache, cfg)
-        self._salts: Salts = {None: None}
         self._samples: dict[tuple[str, int], _Sample] = {}
         self._pools = Pools(cfg.max_num_seqs, model.config.hidden_size, model.device)
         model.prepack(cfg.max_num_seqs)
 
     def close(self) -> None:
-        """Free graphs, cache and packed weights; the model is left as it was found."""
+        """Free graphs, cache, pools and packed weights; the model is left as it was found."""
         if self._passes is not None:
             self._passes.close()
         self._passes = None
+        self._pools = Pools(0, 0, self.model.device)  # for an `abort` that comes late
         self.model.unpack()
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
@@ -197,8 +198,7 @@ class Sampler:
     def step(self) -> list[Completion]:
         """One forward pass -> the completions that it finished."""
         started = time.perf_counter()
-        # read once a step: a trainer's write makes cached keys and values of that adapter stale
-        self._salts = {None: None, **{name: (name, adapter.version) for name, adapter in self.model.adapters.items()}}
+        self._read_salts()
         step = self.scheduler.schedule()
         assert self._passes is not None, "the sampler is closed"
         self._passes.cache.copy_blocks(step.copies)
@@ -216,6 +216,11 @@ class Sampler:
         done = self._append_tokens(seqs, self.model.logits(hidden[rows])) if seqs else []
         self.stats.time_s += time.perf_counter() - started
         return done
+
+    def _read_salts(self) -> None:
+        """Once a step: a trainer's write makes cached keys and values of that adapter stale."""
+        self._salts.clear()  # in place: the scheduler reads it too
+        self._salts |= {None: None} | {name: (name, adapter.version) for name, adapter in self.model.adapters.items()}
 
     def _count(self, step: Step) -> None:
         self.stats.num_steps += 1

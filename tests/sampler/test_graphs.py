@@ -1,5 +1,7 @@
 """Texts from graphs are those of passes kernel by kernel, whatever changes from step to step."""
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +10,7 @@ import torch
 
 from isheep.config import SamplerConfig
 from isheep.model import ops
-from isheep.model.lora import LoRAConfig, attach
+from isheep.model.lora import LoRAConfig, attach, detach
 from isheep.sampler import graphs
 from isheep.sampler.engine import Sampler
 from isheep.sampler.graphs import padded_rows
@@ -35,10 +37,8 @@ def tokenizer(tmp_path_factory):
 def model():
     shape = {"num_hidden_layers": NUM_LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_model("qwen2_gqa_tied", **shape)
-    generator = torch.Generator().manual_seed(0)
-    for name in ("one", "two"):
-        for parameter in attach(model, LoRAConfig(), name).parameters():
-            parameter.data.normal_(0, 0.3, generator=generator)
+    attach_numbers(model, "one", 0)
+    attach_numbers(model, "two", 1)
     return model
 
 
@@ -53,6 +53,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     monkeypatch.setattr(attention_paged, "resident_programs", lambda x: 64)
     monkeypatch.setattr(attention_paged, "MIN_SPLIT", 32)
     return Cuda(monkeypatch)
+
+
+def attach_numbers(model, name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attach(model, LoRAConfig(), name).parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
 
 
 def ask(name: str, num_prompt: int, max_tokens: int, adapter: str | None) -> Request:
@@ -126,6 +132,44 @@ def test_adapters_change(model, tokenizer, request):
     assert texts(sampler, base) == expected[0]
     assert (len(cuda.captured), cuda.num_replays) == (4, 12)
     assert cuda.captured[0] == a_pass("linear", is_split=False)
+
+
+def test_another_adapter_takes_the_name(model, tokenizer, request):
+    asked = [ask("a", 40, 4, "one")]  # two blocks are full: what the cache finds again
+    expected = []
+    for seed in (5, 6):
+        detach(model, "one")
+        attach_numbers(model, "one", seed)
+        expected.append(texts(Sampler(model, tokenizer, CFG), asked))
+    assert expected[0] != expected[1]
+
+    cuda = request.getfixturevalue("cuda")
+    sampler = Sampler(model, tokenizer, CFG)
+    for seed in (5, 6):
+        detach(model, "one")
+        attach_numbers(model, "one", seed)
+        assert texts(sampler, asked) == expected[seed - 5]
+    assert sampler.stats.num_cached_tokens == 0
+    assert (len(cuda.captured), len(cuda.alive)) == (2, 1)
+
+
+def test_nothing_outlives_a_sampler(model, tokenizer):
+    """Nor does it wait for the garbage collector: an iteration's sampler is made where the last one's cache was."""
+    gc.collect()
+    gc.disable()
+    try:
+        sampler = Sampler(model, tokenizer, CFG)
+        texts(sampler, [ask("a", 3, 2, None)])
+        cache, pools = (weakref.ref(held) for held in (sampler._passes.cache, sampler._pools))
+        sampler.close()
+        assert cache() is None and pools() is None
+        sampler.abort()  # late
+        sampler = Sampler(model, tokenizer, CFG)
+        cache, pools = (weakref.ref(held) for held in (sampler._passes.cache, sampler._pools))
+        del sampler
+        assert cache() is None and pools() is None
+    finally:
+        gc.enable()
 
 
 def test_the_flag_and_the_rows_that_no_graph_has(model, tokenizer, request):
