@@ -14,7 +14,8 @@ to a few numbers (`padded_rows`) by tokens that write to a spare block of the ca
 context rounded up to a power of two, and those that a shorter context leaves empty are no mistake. An adapter has other
 tensors than the next, and other copies in each version: a graph serves the one it was recorded for. A new version drops
 all graphs and not its own alone, for torch frees what cuBLAS works in for all graphs of a stream together with any one
-of them (pytorch/pytorch#193402); nor do two samplers share a stream.
+of them (pytorch/pytorch#193402). So a capture that fails drops them too, and each sampler records on a stream of its
+own: of the 32 that torch hands out in turn, which is no promise but is enough for the few samplers alive at a time.
 
 When. A graph is recorded when its key is first met, after a pass that compiles its kernels. Steps with prompts in them,
 with two adapters or more than MAX_ROWS rows have work enough to hide their launches behind.
@@ -65,13 +66,13 @@ class Passes:
     def __init__(self, model: Transformer, cache: KVCache, cfg: SamplerConfig) -> None:
         self.model, self.cache = model, cache
         self._graphs: dict[tuple[int, int, Hashable], _Graph] = {}
-        self._max_rows = 0
-        if cfg.cuda_graphs and can_capture(model):
-            self._max_rows = min(padded_rows(cfg.max_num_seqs), MAX_ROWS)
-            width = -(-model.config.context_len // cfg.block_size)
-            self._inputs = _padding(cache, self._max_rows, width).to(model.device)
-            self._padding = _padding(cache, MOST_PADDING, width)
-            self._stream = torch.cuda.Stream(model.device)  # to record on; graphs run where they are called
+        is_graphed = cfg.cuda_graphs and can_capture(model)
+        self._max_rows = min(padded_rows(cfg.max_num_seqs), MAX_ROWS) if is_graphed else 0
+        width = -(-model.config.context_len // cfg.block_size)
+        self._inputs = _spare_rows(cache, self._max_rows, width).to(model.device)
+        self._padding = _spare_rows(cache, MOST_PADDING, width)
+        # to record on; graphs run where they are called
+        self._stream = torch.cuda.Stream(model.device) if is_graphed else None
 
     def close(self) -> None:
         """Drop the graphs. The cache that they write to goes after them, with the last reference to it."""
@@ -123,18 +124,24 @@ class Passes:
         reads = [pair.cast(self.model.dtype) for pair in adapter.pairs.values()] if adapter else []
         pool = next((other.graph.pool() for other in self._graphs.values()), None)  # None: a new one
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool, self._stream):
-            hidden = self.model(batch, self.cache)
+        try:
+            # the stream twice: where its end fails too, torch's own context leaves it the current one
+            with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool, self._stream):
+                hidden = self.model(batch, self.cache)
+        except BaseException:
+            self._graphs.clear()
+            graph.reset()  # now, not with the traceback: others may have been recorded until then
+            raise
         return _Graph(graph, hidden, reads)
 
 
-def _padding(cache: KVCache, rows: int, width: int) -> PackedBatch:
+def _spare_rows(cache: KVCache, rows: int, width: int) -> PackedBatch:
     """The first tokens of a sequence in the spare block, one a row, with tables of `width` blocks, on the host."""
     _, num_blocks, block_size = cache.k.shape[:3]
     spare = num_blocks - SPARE_BLOCKS
     positions = torch.arange(rows) % block_size
     tables, context_lens = torch.full((rows, width), spare, dtype=torch.int32), (positions + 1).int()
-    paged = PagedMeta(spare * block_size + positions, tables, context_lens, block_size)
+    paged = PagedMeta(spare * block_size + positions, tables, context_lens, max_context_len=min(rows, block_size))
     starts = torch.arange(rows + 1, dtype=torch.int32)
     return PackedBatch(torch.zeros_like(positions), positions, starts, (1,) * rows, paged=paged)
 

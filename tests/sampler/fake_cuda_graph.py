@@ -2,8 +2,9 @@
 
 It is as strict as the real thing, or stricter. While capturing nothing is computed, nothing may be asked of a tensor,
 and no kernel may be launched that has not been compiled by a launch before. Between two replays everything that any
-graph of a pool has made is garbage. When a graph is dropped, all others of its stream are of no more use, as they share
-what cuBLAS works in, and a pool whose graphs are all gone is gone.
+graph of a pool has made is garbage. A graph keeps nothing alive that it did not make, and a replay that uses what is
+gone is refused. When a graph is dropped, all others of its stream are of no more use, as they share what cuBLAS works
+in, and a pool whose graphs are all gone is gone. A capture that fails leaves its stream the current one.
 """
 
 from collections import Counter
@@ -15,8 +16,9 @@ from weakref import WeakSet
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime.interpreter import GridExecutor
 
 ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh")  # a number from the device, or one to it
@@ -33,6 +35,15 @@ class Graph:
         self.stream: object = None
         self.works = True
 
+    def record(self, name: str, call: Callable, args: tuple, kwargs: dict) -> None:
+        made = {address(x) for x in self.made}
+
+        def lent(x: Any) -> Any:
+            return Lent(x) if isinstance(x, torch.Tensor) and address(x) not in made else x
+
+        args, kwargs = tree_map(lent, (args, kwargs))
+        self.calls.append((name, lambda: call(*taken(args), **taken(kwargs))))
+
     def pool(self) -> "Pool":
         return self.made
 
@@ -43,9 +54,29 @@ class Graph:
         for _, call in self.calls:
             call()
 
-    def __del__(self) -> None:
+    def reset(self) -> None:
         for other in self.cuda.alive:
             other.works &= other.stream is not self.stream
+        self.stream = object()  # what is left has no part in any
+
+    __del__ = reset
+
+
+class Lent:
+    """A tensor that somebody else keeps alive, or not."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.storage, self.dtype = StorageWeakRef(x.untyped_storage()), x.dtype
+        self.place = x.storage_offset(), x.shape, x.stride()
+
+    def taken(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        assert storage is not None, "a tensor that this graph uses is gone"
+        return torch.empty(0, dtype=self.dtype).set_(storage, *self.place)
+
+
+def taken(tree: Any) -> Any:
+    return tree_map(lambda x: x.taken() if isinstance(x, Lent) else x, tree)
 
 
 class Pool(list[torch.Tensor]):
@@ -78,7 +109,7 @@ class Recorder(TorchDispatchMode):
         by_mask = name == "index" and any(x.dtype == torch.bool for x in tensors_in(args[1]))
         assert name not in ASKS and not by_mask, f"{name} while capturing"
         if func._schema.is_mutable:
-            self.graph.calls.append((name, partial(func, *args, **kwargs)))
+            self.graph.record(name, func, args, kwargs)
             return args[0]
         out = func(*args, **kwargs)
         inputs = {address(x) for x in tensors_in(args, kwargs)}
@@ -87,10 +118,7 @@ class Recorder(TorchDispatchMode):
         if made and not name.startswith(("empty", "new_empty")):
             assert made == [out], f"{name} has several results"
 
-            def again() -> None:
-                out.copy_(func(*args, **kwargs))
-
-            self.graph.calls.append((name, again))
+            self.graph.record(name, lambda *args, **kwargs: out.copy_(func(*args, **kwargs)), args, kwargs)
         spoil(made)
         return out
 
@@ -105,30 +133,43 @@ class Cuda:
         self.captured: list[Counter[str]] = []
         self.alive: WeakSet[Graph] = WeakSet()
         self.num_replays = 0
+        self.current: object = None  # stream
         self._recorder: Recorder | None = None
         self._compiled: set[tuple] = set()
         self._launch = GridExecutor.__call__
         monkeypatch.setattr(GridExecutor, "__call__", lambda launch, *args, **kwargs: self._run(launch, args, kwargs))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+        monkeypatch.setattr(torch.cuda, "stream", self.on)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self._recorder is not None)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
         for name in ("tolist", "item", "cpu", "numpy", "__bool__"):  # on the host these read past torch's dispatcher
             monkeypatch.setattr(torch.Tensor, name, self._refused(name, getattr(torch.Tensor, name)))
 
     @contextmanager
+    def on(self, stream: object):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
     def capture(self, graph: Graph, pool: Pool | None = None, stream: object = None):
         assert pool is None or any(pool is other.made for other in self.alive), "this pool is gone"
         self._recorder = Recorder(graph)
+        graph.stream = stream
+        before, self.current = self.current, stream
         try:
             with self._recorder:
                 yield
         finally:
             self._recorder = None
+        self.current = before
         if pool is not None:
             pool += graph.made
             graph.made = pool
-        graph.stream = stream
         self.captured.append(Counter(name for name, _ in graph.calls))
         self.alive.add(graph)
 
@@ -140,7 +181,7 @@ class Cuda:
             self._launch(launch, *args, **kwargs)
         else:
             assert kernel in self._compiled, f"{kernel} would be compiled while capturing"
-            self._recorder.graph.calls.append((launch.fn.__name__, partial(self._launch, launch, *args, **kwargs)))
+            self._recorder.graph.record(launch.fn.__name__, partial(self._launch, launch), args, kwargs)
 
     def _refused(self, name: str, method: Callable) -> Callable:
         def call(*args, **kwargs):

@@ -123,14 +123,18 @@ def test_adapters_change(model, tokenizer, request):
     assert texts(sampler, base) == expected[0]
     assert texts(sampler, adapted) == expected[1]
     assert (len(cuda.captured), cuda.num_replays) == (2, 6)
+    for pair in model.adapters["one"].pairs.values():
+        pair.cast(torch.float64)  # somebody asks for other copies, and these are dropped
+    assert texts(sampler, adapted) == expected[1]
+    assert (len(cuda.captured), cuda.num_replays) == (2, 9)
     assert texts(sampler, mixed) == expected[2]
-    assert (len(cuda.captured), cuda.num_replays) == (2, 6)  # no graph has two adapters
+    assert (len(cuda.captured), cuda.num_replays) == (2, 9)  # no graph has two adapters
     train(model)
     assert texts(sampler, adapted) == expected[3]
-    assert (len(cuda.captured), cuda.num_replays) == (3, 9)
+    assert (len(cuda.captured), cuda.num_replays) == (3, 12)
     assert len(cuda.alive) == 1  # the old version's is gone, and the base's with it
     assert texts(sampler, base) == expected[0]
-    assert (len(cuda.captured), cuda.num_replays) == (4, 12)
+    assert (len(cuda.captured), cuda.num_replays) == (4, 15)
     assert cuda.captured[0] == a_pass("linear", is_split=False)
 
 
@@ -151,6 +155,31 @@ def test_another_adapter_takes_the_name(model, tokenizer, request):
         assert texts(sampler, asked) == expected[seed - 5]
     assert sampler.stats.num_cached_tokens == 0
     assert (len(cuda.captured), len(cuda.alive)) == (2, 1)
+
+
+def test_a_capture_that_fails(model, tokenizer, request, monkeypatch):
+    few, more = ([ask(name, 3, 4, None) for name in names] for names in ("a", "bc"))
+    sampler = Sampler(model, tokenizer, CFG)
+    expected = texts(sampler, few), texts(sampler, more)
+    cuda = request.getfixturevalue("cuda")
+    sampler = Sampler(model, tokenizer, CFG)
+    assert texts(sampler, few) == expected[0]
+
+    def full(gate, up):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("full")
+        return swiglu(gate, up)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "swiglu", full)
+        with pytest.raises(torch.OutOfMemoryError) as kept:  # what it holds may outlive the next capture
+            texts(sampler, more)
+    assert cuda.current is None and not cuda.alive
+    assert texts(sampler, more) == expected[1]
+    del kept
+    gc.collect()
+    assert texts(sampler, few) == expected[0]
+    assert texts(sampler, more) == expected[1]
 
 
 def test_nothing_outlives_a_sampler(model, tokenizer):
@@ -207,6 +236,18 @@ def test_the_fake_replays_on_the_same_tensors_with_the_same_numbers(cuda: Cuda):
     del second
     with pytest.raises(AssertionError, match="dropped"):
         first.replay()
+
+
+def test_the_fake_keeps_nothing_alive_that_it_did_not_make(cuda: Cuda):
+    x, graph = torch.ones(3), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x[1:] + 1
+        z = y + 1
+    graph.replay()
+    assert z.tolist() == [3, 3]
+    del x, y
+    with pytest.raises(AssertionError, match="gone"):
+        graph.replay()
 
 
 @pytest.mark.parametrize(
