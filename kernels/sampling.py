@@ -161,7 +161,7 @@ def _reached(row, V, best, rate, pivots, MASS: tl.constexpr, BLOCK: tl.constexpr
     for start in range(0, V, BLOCK):
         ids = start + 4 * tl.arange(0, QUADS)[None, :, None] + tl.arange(0, 4)[None, None, :]
         x = tl.load(row + ids, ids < V, other=-float("inf"))
-        adds = tl.exp((x.to(tl.float32) - best) * rate) if MASS else 1.0
+        adds = _weights(x, best, rate) if MASS else 1.0
         total += tl.sum(tl.where(_key(x) >= pivots[:, None, None], adds, 0.0), 2)
     return tl.sum(total, 1).to(tl.float64)
 
@@ -202,8 +202,14 @@ def _counts(ids, x, best, rate, cut, last, floor, TIES: tl.constexpr):
     key = _key(x)
     if TIES:
         return ((key == cut) & (ids <= last)).to(tl.float32)
-    weight = tl.exp((x.to(tl.float32) - best) * rate)
-    return tl.where((key < cut) | (key == cut) & (ids > last) | (weight < floor), 0.0, weight)  # nan stays
+    weights = _weights(x, best, rate)
+    return tl.where((key < cut) | (key == cut) & (ids > last) | (weights < floor), 0.0, weights)  # nan stays
+
+
+@triton.jit
+def _weights(x, best, rate):
+    """What the logits x weigh, fp32: the best one 1."""
+    return tl.exp((x.to(tl.float32) - best) * rate)
 
 
 @triton.jit
