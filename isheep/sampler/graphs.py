@@ -71,8 +71,7 @@ class Passes:
         width = -(-model.config.context_len // cfg.block_size)
         self._inputs = _spare_rows(cache, self._max_rows, width).to(model.device)
         self._padding = _spare_rows(cache, MOST_PADDING, width)
-        # to record on; graphs run where they are called
-        self._stream = torch.cuda.Stream(model.device) if is_graphed else None
+        self._stream = torch.cuda.Stream(model.device) if is_graphed else None  # to record on, not to run on
 
     def close(self) -> None:
         """Drop the graphs. The cache that they write to goes after them, with the last reference to it."""
@@ -125,12 +124,12 @@ class Passes:
         pool = next((other.graph.pool() for other in self._graphs.values()), None)  # None: a new one
         graph = torch.cuda.CUDAGraph()
         try:
-            # the stream twice: where its end fails too, torch's own context leaves it the current one
+            # the stream outside, too: where a capture cannot be ended, torch.cuda.graph leaves it the current one
             with torch.cuda.stream(self._stream), torch.cuda.graph(graph, pool, self._stream):
                 hidden = self.model(batch, self.cache)
         except BaseException:
             self._graphs.clear()
-            graph.reset()  # now, not with the traceback: others may have been recorded until then
+            graph.reset()  # now, not with the traceback: by then others may have been recorded
             raise
         return _Graph(graph, hidden, reads)
 
