@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isheep_kernels import attention_hopper
+from isheep_kernels import attention_hopper, attention_hopper_backward
 from isheep_kernels.lang import tl, triton
 from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
@@ -43,7 +43,7 @@ def attention_packed(
 
     q [T, H, D], k and v [T, G, D] in fp32, fp16 or bf16, D at most 256, H a multiple of G; cu_seqlens [S + 1] int32 on
     their device, from 0 to T; scale > 0 -> y [T, H, D]. Products of the inputs' dtype are summed in fp32.
-    On Hopper, where asked for (choice.py), attention_hopper.py computes it, and its backward at D = 128.
+    On Hopper, where asked for (choice.py), attention_hopper.py computes it and, at D = 128, its backward's.
     Backward adds up dq by atomics in one sweep of five matmuls, so its last bits change from run to run;
     `deterministic` gives dq a sweep of its own, seven matmuls in all. ValueError where shapes or dtypes do not fit.
     """
@@ -58,7 +58,7 @@ def attention_packed(
 class _AttentionPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, deterministic: bool) -> Tensor:
-        forward = attention_hopper.forward if attention_hopper.serves(q) else _forward
+        forward = attention_hopper.forward if attention_hopper.serves(q, k, v) else _forward
         y, lse = forward(q, k, v, cu, scale)
         ctx.save_for_backward(q, k, v, y, lse, cu)
         ctx.scale, ctx.deterministic = scale, deterministic
@@ -71,7 +71,8 @@ class _AttentionPacked(torch.autograd.Function):
         _attention_packed_delta_kernel[(triton.cdiv(T, DELTA_ROWS), H)](y, dy, delta, T, **_delta_constants(D))
         inputs = q, k, v, dy, lse, delta
         dq = None if ctx.deterministic else torch.zeros_like(q, dtype=torch.float32)
-        backward = attention_hopper.backward if attention_hopper.serves_backward(q) else _backward
+        on_hopper = attention_hopper_backward.serves(q, k, v, dy)
+        backward = attention_hopper_backward.backward if on_hopper else _backward
         dk, dv = backward(*inputs, cu, ctx.scale, dq)
         if dq is None:
             tile, dq = dq_tile(D, q.dtype, capability(q)), torch.empty_like(q)

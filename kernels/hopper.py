@@ -14,8 +14,9 @@ from isheep_kernels.lang import TensorDescriptor, fence_async_shared, gl, gluon,
 
 ROWS = gl.constexpr(64)  # of a warpgroup's product, so of a consumer
 CONSUMERS = gl.constexpr(2)
-CONSUMER_REGISTERS = gl.constexpr(240)  # a thread; the producer keeps 24
-WARPS = {"num_warps": 4, "maxnreg": 168}  # of the producer, which begins; with three warpgroups these are all registers
+# Registers of a thread: 168 when three warpgroups begin, all that there are; then 240, and 24 are the producer's.
+LAUNCH = {"num_warps": 4, "maxnreg": 168}
+CONSUMER_REGISTERS = gl.constexpr(240)
 
 
 def descriptor(x: Tensor, block: list[int]) -> Any:
@@ -88,3 +89,36 @@ def release(ring, slot):
     """Say that this consumer has read the slot."""
     _, empty = ring
     mbarrier.arrive(empty.index(slot), count=1)
+
+
+# A job's number, from the producer to both consumers, through a ring of two slots.
+
+
+@gluon.jit
+def announce(jobs, ring, count, job):
+    """Say which job comes next, or one past the last. `count` were announced before."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    claim(ring, count % 2, count // 2)
+    jobs.index(count % 2).store(gl.full([1], job, gl.int32, layout))
+    commit(ring, count % 2)
+
+
+@gluon.jit
+def next_job(jobs, ring, count):
+    """The job that was announced."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    await_full(ring, count % 2, count // 2)
+    job = gl.max(jobs.index(count % 2).load(layout), 0)
+    release(ring, count % 2)
+    return job
+
+
+@gluon.jit
+def store_rows(ptr, x, start, first, length, heads, head):
+    """x [ROWS, D] to rows first .. of the sequence at token `start`, as far as it goes, of a [*, heads, D] tensor."""
+    D: gl.constexpr = x.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])  # 16 bytes a thread
+    rows = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    at = ((start + rows).to(gl.int64) * heads + head) * D
+    dims = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    gl.store(ptr + at[:, None] + dims[None, :], gl.convert_layout(x, layout), (rows < length)[:, None])

@@ -18,12 +18,15 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+except ImportError:  # such as on macOS, where torch's definitions and C++ serve
+    triton = tl = _Absent()  # type: ignore[assignment]
+try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:  # such as on macOS, where torch's definitions and C++ serve
-    triton = tl = gluon = gl = hopper = TensorDescriptor = _Absent()  # type: ignore[assignment]
+except ImportError:  # an older Triton, whose other kernels serve
+    gluon = gl = hopper = TensorDescriptor = _Absent()  # type: ignore[assignment]
 
 mbarrier, fence_async_shared = hopper.mbarrier, hopper.fence_async_shared
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait

@@ -2,7 +2,7 @@
 
 [x, low] times [w, b]: the adapter is one step more of the sum over columns, R columns that TMA pads with zeros to a
 whole step, so it costs BLOCK_K / K of the product, no pass over y and no copy of w. Programs stay, one a
-multiprocessor, and take every so-manieth tile; the producer brings the next tile's columns while this one is stored.
+multiprocessor, and take tiles in turn; the producer brings the next tile's columns while this one is stored.
 """
 
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from isheep_kernels.choice import asked_for
 from isheep_kernels.hopper import (
     CONSUMER_REGISTERS,
     CONSUMERS,
+    LAUNCH,
     ROWS,
-    WARPS,
     await_full,
     claim,
     descriptor,
@@ -42,8 +42,9 @@ def serves(x: Tensor, w: Tensor, rank: int) -> bool:
     """Whether `product` is asked for and takes x [T, K], w [N, K] and such a rank: TMA wants rows of whole 16 bytes."""
     if not asked_for("hopper") or capability(x) != 90 or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    strides = x.stride(0), max(w.stride()), w.shape[0], rank
-    return 1 in w.stride() and not any(stride % 8 for stride in strides) and x.data_ptr() % 16 == 0
+    (T, K), rows_of_x, rows_of_w = x.shape, x.stride(0), max(w.stride())
+    whole = not any(n % 8 for n in (rows_of_x, rows_of_w, len(w), rank)) and not any(t.data_ptr() % 16 for t in (x, w))
+    return whole and T > 0 and rank > 0 and rows_of_x >= K and min(w.stride()) == 1
 
 
 def product(
@@ -63,7 +64,7 @@ def product(
     rows, columns = [ROWS.value, BLOCK_K.value], _weight_block(by_columns)
     descs = descriptor(x, rows), descriptor(w, columns), descriptor(low, rows), descriptor(b, columns)
     flags = {"BY_COLUMNS": by_columns, "BIAS": bias is not None, "ADD": add}
-    _lora_hopper_kernel[(min(tiles, num_programs(x)),)](*descs, bias, y, T, N, K, R, tiles, **flags, **WARPS)
+    _lora_hopper_kernel[(min(tiles, num_programs(x)),)](*descs, bias, y, T, N, K, R, tiles, **flags, **LAUNCH)
     return y
 
 
@@ -181,7 +182,7 @@ def variants(capability: int) -> Iterator[Variant]:
         ("backward added", True, False, True),
     ):
         of = types | dict.fromkeys(("w_desc", "b_desc"), descriptor_type(half, _weight_block(by_columns)))
-        launch: dict[str, Any] = {"BY_COLUMNS": by_columns, "BIAS": bias, "ADD": add} | WARPS
+        launch: dict[str, Any] = {"BY_COLUMNS": by_columns, "BIAS": bias, "ADD": add} | LAUNCH
         made = Variant.of(
             f"lora_hopper {name} bf16", _lora_hopper_kernel, of, launch | ({} if bias else {"bias_ptr": None})
         )

@@ -226,7 +226,7 @@ def _product(
     shrink, add = low.dim() == 2, y is not None
     if shrink and triton.next_power_of_2(R) > 32:  # too wide to ride along
         low, shrink = _down(x, low), False
-    if not shrink and dropout is None and lora_hopper.serves(x, w, R):
+    if T > FEW_ROWS and dropout is None and lora_hopper.serves(x, w, R):
         return lora_hopper.product(x, w, bias, low, b, scale, y)
     if not _fused(T, K, capability(x)):
         y = F.linear(x, w, bias) if y is None else y.addmm_(x, w.t())

@@ -3,11 +3,11 @@
     kernels = interpret(monkeypatch, module, seed=0)
 
 What is asynchronous on the chip happens as late as it may, or as early: a TMA copy arrives at any moment after its
-issue, a warpgroup product reads its operands when it is waited for. Who runs next is decided by priorities that are
-drawn, and drawn again now and then, so that some threads run far ahead of others. Shared memory begins as NaN, an
-element of an output may be written once. So a missing wait, a slot that is given back too soon, a barrier with the
-wrong phase or count shows as a wrong number, a deadlock or an error, for some seed. Layouts mean nothing here: the
-compiler checks them.
+issue, a warpgroup product reads its operands at its issue or when it is waited for. Who runs next is decided by
+priorities that are drawn, and drawn again now and then, so that some threads run far ahead of others. Shared memory
+begins as NaN, an element of an output may be written once. So a missing wait, a slot that is given back too soon, a
+barrier with the wrong phase or count shows as a wrong number, a deadlock or an error, for some seed. Layouts mean
+nothing here: the compiler checks them.
 """
 
 import contextlib
@@ -207,7 +207,7 @@ def fence_async_shared() -> None:
 
 
 class Product:
-    """A warpgroup product, computed when it is waited for."""
+    """A warpgroup product, computed when it is waited for; it has read its operands before, or reads them then."""
 
     def __init__(self, a: Any, b: Shared, acc: Any, use_acc: bool) -> None:
         self.operands, self.acc, self.value = (a, b), acc if use_acc else None, None
@@ -215,16 +215,22 @@ class Product:
         (m, k), (k2, n), out = shapes
         assert m == PRODUCT_ROWS and k == k2 and out == [m, n], f"a product of shapes {shapes}"
         assert a.dtype == b.dtype, f"a product of {a.dtype} and {b.dtype}"
+        if chip.random.random() < 0.5:
+            self.operands = tuple(_read(x).clone() for x in self.operands)
 
     @property
     def shape(self) -> list[int]:
-        return [PRODUCT_ROWS, self.operands[1].shape[1]]
+        return [PRODUCT_ROWS, int(self.operands[1].shape[1])]
 
     def finish(self) -> None:
-        a, b = (x.read_asynchronously() if isinstance(x, Shared) else x for x in self.operands)
+        a, b = map(_read, self.operands)
         before = self.acc.value if isinstance(self.acc, Product) else self.acc
         product = a.float() @ b.float()
         self.value = product if before is None else before + product
+
+
+def _read(x: Any) -> Tensor:
+    return x.read_asynchronously() if isinstance(x, Shared) else x
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
@@ -328,7 +334,8 @@ def _warp_specialize(partitions: list, num_warps: list[int], num_regs: list[int]
 
 
 class Language:
-    """`gl`, on torch: scalars are tensors without dimensions, so that int32 overflows as it does on the chip."""
+    """`gl`, on torch. Scalars of a launch are tensors without dimensions; torch, unlike the chip, gives an int32 vector
+    and an int64 scalar an int32 sum."""
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     allocate_shared_memory = staticmethod(_allocate)

@@ -5,7 +5,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from isheep_kernels import attention_hopper
+from isheep_kernels import attention_hopper, attention_hopper_backward
 from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
 from tests.kernels.fence import fenced
 from tests.kernels.gluon_interpreter import interpret
@@ -64,13 +64,13 @@ def gradients(q, k, v, dy, ends, scale):
 def test_backward(monkeypatch, heads, kv_heads, add_dq, dtype):
     q, k, v, ends = inputs(heads, kv_heads, 128, dtype)
     dy, scale, group = randn(*q.shape, seed=9, dtype=dtype), 128**-0.5, heads // kv_heads
-    interpret(monkeypatch, attention_hopper, seed=heads)
+    interpret(monkeypatch, attention_hopper_backward, seed=heads)
     ref, _ = gradients(q, k, v, dy, ends, scale)
     truth, delta = gradients(*(x.double() for x in (q, k, v, dy)), ends, scale)
     lse = lse_ref(q, k.repeat_interleave(group, 1), ends, scale).float()
     dq = torch.zeros(q.shape) if add_dq else None
     cu = fenced(torch.tensor(ends, dtype=torch.int32))
-    dk, dv = attention_hopper.backward(*map(fenced, (q, k, v, dy, lse, delta)), cu, scale, dq)
+    dk, dv = attention_hopper_backward.backward(*map(fenced, (q, k, v, dy, lse, delta)), cu, scale, dq)
     got = ([dq.to(dtype)] if add_dq else []) + [dk, dv]
     for triple in list(zip(got[::-1], ref[::-1], truth[::-1], strict=False)):
         assert_as_good_as(*triple)
@@ -80,11 +80,13 @@ def test_backward(monkeypatch, heads, kv_heads, add_dq, dtype):
 def test_backward_in_any_order_of_events(monkeypatch, seed):
     q, k, v, ends = inputs(2, 1, 128, torch.float16, (260, 3, 2, 140))
     dy, scale = randn(*q.shape, seed=9, dtype=torch.float16), 0.09
-    interpret(monkeypatch, attention_hopper, seed)
+    interpret(monkeypatch, attention_hopper_backward, seed)
     ref, _ = gradients(q, k, v, dy, ends, scale)
     truth, delta = gradients(*(x.double() for x in (q, k, v, dy)), ends, scale)
     lse, dq = lse_ref(q, k.repeat_interleave(2, 1), ends, scale).float(), torch.zeros(q.shape)
-    dk, dv = attention_hopper.backward(q, k, v, dy, lse, delta, torch.tensor(ends, dtype=torch.int32), scale, dq)
+    dk, dv = attention_hopper_backward.backward(
+        q, k, v, dy, lse, delta, torch.tensor(ends, dtype=torch.int32), scale, dq
+    )
     for triple in zip((dq.half(), dk, dv), ref, truth, strict=True):
         assert_as_good_as(*triple)
 
@@ -93,14 +95,15 @@ def test_backward_in_any_order_of_events(monkeypatch, seed):
 def test_attention_packed_takes_them_where_they_are_asked_for(monkeypatch, deterministic):
     q, k, v, ends = inputs(2, 1, 128, torch.float16, (140, 1, 30))
     dy, cu = randn(*q.shape, seed=9, dtype=torch.float16), torch.tensor(ends, dtype=torch.int32)
-    kernels = interpret(monkeypatch, attention_hopper, seed=3)
+    modules = attention_hopper, attention_hopper_backward
+    kernels = [kernel for module in modules for kernel in interpret(monkeypatch, module, seed=3).values()]
     monkeypatch.setattr(attention_hopper, "capability", lambda x: 90)
     for asked, launches in (("", 0), ("hopper", 1)):
         monkeypatch.setenv("ISHEEP_KERNELS", asked)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         y = attention_packed(*leaves, cu, 0.1, deterministic)
         got = y.detach(), *torch.autograd.grad(y, leaves, dy)
-        assert [kernel.launches for kernel in kernels.values()] == [launches, launches]
+        assert [kernel.launches for kernel in kernels] == [launches, launches]
         ref = attention_packed_ref(q, k, v, ends, 0.1), *gradients(q, k, v, dy, ends, 0.1)[0]
         wide = [x.double() for x in (q, k, v)]
         truth = attention_packed_ref(*wide, ends, 0.1), *gradients(*wide, dy.double(), ends, 0.1)[0]

@@ -73,5 +73,8 @@ def test_what_they_do_not_take(hopper, monkeypatch):
     assert not lora_hopper.serves(x, w, 12)  # rows of 24 bytes
     assert not lora_hopper.serves(x[:, :60], w[:, :60].contiguous(), 16)
     assert not lora_hopper.serves(x.float(), w.float(), 16)
+    assert not lora_hopper.serves(x[:0], w, 16) and not lora_hopper.serves(x, w, 0)
+    assert not lora_hopper.serves(x[:1].expand(128, 64), w, 16)
+    assert not lora_hopper.serves(x, torch.zeros(64 * 64 + 1).half()[1:].view(64, 64), 16)  # where it begins
     monkeypatch.setenv("ISHEEP_KERNELS", "")
     assert not lora_hopper.serves(x, w, 16)
