@@ -176,7 +176,8 @@ def paged_tile(head_dim: int, group: int, dtype: torch.dtype, decode: bool, capa
     if dtype == torch.float32:  # without tensor cores, for checks
         return Tile(max(heads, min(m, 32)), 64, 4, 1)
     if decode:
-        return Tile(m, 128 if head_dim <= (64 if m == 1 else 128) else 64, 4, 2)
+        wide = head_dim > 64 and m == 1  # no tensor core: keys and values in registers, of twice as many threads
+        return Tile(m, 128 if head_dim <= 128 else 64, 8 if wide else 4, 2)
     if head_dim > 128:
         return Tile(m, 32, 8, 2)
     return Tile(m, 64, 4, 2) if head_dim <= 64 or capability >= 90 else Tile(m, 32, 4, 3)
