@@ -10,7 +10,9 @@ from isheep_kernels.linear_cross_entropy import IGNORE, fused_linear_cross_entro
 from isheep_kernels.lora_matmul import Dropout, lora_matmul, lora_matmul_ref
 from isheep_kernels.rms_norm import rms_norm, rms_norm_add, rms_norm_ref
 from isheep_kernels.rope import rope, rope_ref
+from isheep_kernels.sampling import sample, sample_ref
 from isheep_kernels.swiglu import swiglu, swiglu_ref
+from tests.kernels.draws import neighbours, parameters
 from tests.kernels.fence import assert_kernel_is_as_good_as
 from tests.kernels.yardstick import assert_as_good_as
 from tests.paging import paged_batch, scattered_blocks
@@ -67,6 +69,18 @@ def test_rope_and_swiglu(dtype):
     assert_kernel_is_as_good_as(rope, both, {"q": q, "k": k}, angles(80), [dq, dk])
     gate, up, dy = (randn(T, 1111, seed=i, dtype=dtype) for i in range(3))
     assert_kernel_is_as_good_as(swiglu, swiglu_ref, {"gate": gate, "up": up}, {}, [dy])
+
+
+@DTYPES
+@pytest.mark.parametrize("vocab", [7, 5003, 152064])
+def test_sample(dtype, vocab):
+    logits, given = 3 * randn(64, vocab, seed=vocab, dtype=dtype), parameters(64, seed=vocab)
+    tokens, logprobs = sample(logits, *(x.to(DEVICE) for x in given))
+    tokens, logits = tokens.cpu(), logits.double().cpu()
+    for row in (tokens != sample_ref(logits, *given)[0]).nonzero().squeeze(1).tolist():
+        assert tokens[row].item() in neighbours(logits[row : row + 1], *(x[row : row + 1] for x in given))
+    expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @DTYPES
