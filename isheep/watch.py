@@ -123,14 +123,14 @@ class Watch:
     def close(self) -> None:
         """Stop watching at a normal end; the others learn that the silence is meant."""
         self._where = "left"
-        self.stop()
+        self.stop(10 * GRACE_S)
 
-    def stop(self) -> None:
-        """End the thread: the interpreter must not end under its feet."""
+    def stop(self, patience_s: float = GRACE_S) -> None:
+        """End the thread: an interpreter that ends under its feet, in a call to the store, aborts the process."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(GRACE_S)
+            self._thread.join(patience_s)
 
     def say(self, sentence: str, code: int = FAILED, culprit: Beat | None = None) -> NoReturn:
         """Print `sentence`, unless another rank was first, and end every rank with `code`."""
