@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isheep_kernels.choice import asked_for
+from isheep_kernels import hopper
 from isheep_kernels.hopper import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -35,7 +35,7 @@ from isheep_kernels.hopper import (
     store_rows,
 )
 from isheep_kernels.lang import copy_in, gl, gluon, in_gluon, warpgroup_mma, warpgroup_mma_wait
-from isheep_kernels.tiles import LOG2E, capability, find_tile, num_tiles
+from isheep_kernels.tiles import LOG2E, find_tile, num_tiles
 from isheep_kernels.variant import TYPES, Variant
 
 BLOCK_M = gl.constexpr(128)  # queries of a job: ROWS for each consumer
@@ -46,9 +46,7 @@ find_tile = in_gluon(find_tile)
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `forward` is asked for and takes contiguous q [T, H, D], k and v."""
-    if not asked_for("hopper") or capability(q) != 90 or q.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return q.shape[2] in (64, 128) and len(q) > 0 and not any(x.data_ptr() % 16 for x in (q, k, v))
+    return hopper.serves(q, k, v) and q.shape[2] in (64, 128) and len(q) > 0
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isheep_kernels.choice import asked_for
 from isheep_kernels.lang import TensorDescriptor, fence_async_shared, gl, gluon, mbarrier
+from isheep_kernels.tiles import capability
 
 ROWS = gl.constexpr(64)  # of a warpgroup's product, so of a consumer
 CONSUMERS = gl.constexpr(2)
 # Registers of a thread: 168 when three warpgroups begin, all that there are; then 240, and 24 are the producer's.
 LAUNCH = {"num_warps": 4, "maxnreg": 168}
 CONSUMER_REGISTERS = gl.constexpr(240)
+
+
+def serves(*inputs: Tensor) -> bool:
+    """Whether kernels like these are asked for and take such inputs: on Hopper, of 16 bits, begun at 16 bytes."""
+    if not asked_for("hopper") or capability(inputs[0]) != 90:
+        return False
+    return all(x.dtype in (torch.float16, torch.bfloat16) and x.data_ptr() % 16 == 0 for x in inputs)
 
 
 def descriptor(x: Tensor, block: list[int]) -> Any:

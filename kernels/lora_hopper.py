@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isheep_kernels.choice import asked_for
+from isheep_kernels import hopper
 from isheep_kernels.hopper import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -27,7 +27,7 @@ from isheep_kernels.hopper import (
     release,
 )
 from isheep_kernels.lang import copy_in, gl, gluon, in_gluon, triton, warpgroup_mma, warpgroup_mma_wait
-from isheep_kernels.tiles import capability, tile_place
+from isheep_kernels.tiles import tile_place
 from isheep_kernels.variant import TYPES, Variant
 
 BLOCK_M = gl.constexpr(128)  # rows of a tile: ROWS for each consumer
@@ -40,11 +40,9 @@ tile_place = in_gluon(tile_place)
 
 def serves(x: Tensor, w: Tensor, rank: int) -> bool:
     """Whether `product` is asked for and takes x [T, K], w [N, K] and such a rank: TMA wants rows of whole 16 bytes."""
-    if not asked_for("hopper") or capability(x) != 90 or x.dtype not in (torch.float16, torch.bfloat16):
-        return False
     (T, K), rows_of_x, rows_of_w = x.shape, x.stride(0), max(w.stride())
-    whole = not any(n % 8 for n in (rows_of_x, rows_of_w, len(w), rank)) and not any(t.data_ptr() % 16 for t in (x, w))
-    return whole and T > 0 and rank > 0 and rows_of_x >= K and min(w.stride()) == 1
+    whole = not any(n % 8 for n in (rows_of_x, rows_of_w, len(w), rank)) and min(w.stride()) == 1
+    return hopper.serves(x, w) and whole and T > 0 and rank > 0 and rows_of_x >= K
 
 
 def product(

@@ -1,4 +1,4 @@
-"""Which tile of the work is a program's, and of which chip."""
+"""Which tile of the work is a program's, and on which chip it is."""
 
 import math
 from functools import cache
@@ -44,10 +44,10 @@ def find_tile(cu_ptr, num_seqs, tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_place(i, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(i, j), int64: which tile of a [num_rows, num_columns] result this program of a one-dimensional grid makes."""
+def tile_place(tile, num_rows, num_columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the tile of this number lies in a [num_rows, num_columns] result: (i, j), int64."""
     across, down = tl.cdiv(num_columns, BLOCK_N), tl.cdiv(num_rows, BLOCK_M)
-    group = i // (GROUP * across)
+    group = tile // (GROUP * across)
     height = tl.minimum(down - group * GROUP, GROUP)
-    place = i - group * GROUP * across
+    place = tile - group * GROUP * across
     return (group * GROUP + place % height).to(tl.int64), (place // height).to(tl.int64)

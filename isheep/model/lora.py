@@ -108,13 +108,13 @@ class Adapter:
 
         No other adapter ever has it, not even one that takes this one's name.
         """
-        return self.serial, sum(p._version for p in self._parameters)
+        return self.serial, sum(p._version for p in self.parameters())
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
         return self._parameters
 
     @cached_property
-    def _parameters(self) -> tuple[nn.Parameter, ...]:  # asked for at every step: walking modules takes a millisecond
+    def _parameters(self) -> tuple[nn.Parameter, ...]:  # at every step `version` asks: modules are walked once
         return tuple(p for pair in self.pairs.values() for p in pair.parameters())
 
     def set_dropout(self, key: int, tokens: Tensor) -> None:

@@ -5,7 +5,7 @@ from itertools import accumulate
 import pytest
 import torch
 
-from isheep_kernels import attention_hopper, attention_hopper_backward
+from isheep_kernels import attention_hopper, attention_hopper_backward, hopper
 from isheep_kernels.attention_packed import attention_packed, attention_packed_ref
 from tests.kernels.fence import fenced
 from tests.kernels.gluon_interpreter import interpret
@@ -97,7 +97,7 @@ def test_attention_packed_takes_them_where_they_are_asked_for(monkeypatch, deter
     dy, cu = randn(*q.shape, seed=9, dtype=torch.float16), torch.tensor(ends, dtype=torch.int32)
     modules = attention_hopper, attention_hopper_backward
     kernels = [kernel for module in modules for kernel in interpret(monkeypatch, module, seed=3).values()]
-    monkeypatch.setattr(attention_hopper, "capability", lambda x: 90)
+    monkeypatch.setattr(hopper, "capability", lambda x: 90)
     for asked, launches in (("", 0), ("hopper", 1)):
         monkeypatch.setenv("ISHEEP_KERNELS", asked)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from isheep_kernels import lora_hopper, lora_matmul
+from isheep_kernels import hopper, lora_hopper, lora_matmul
 from isheep_kernels.lora_matmul import lora_matmul_ref, lora_matmuls
 from tests.kernels.fence import assert_kernel_is_as_good_as
 from tests.kernels.gluon_interpreter import interpret
@@ -14,9 +14,9 @@ SHAPES = [(130, 72, 264, 8), (65, 264, 40, 80), (300, 128, 512, 16)]  # T, K, N,
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def on_hopper(monkeypatch):
     monkeypatch.setenv("ISHEEP_KERNELS", "hopper")
-    monkeypatch.setattr(lora_hopper, "capability", lambda x: 90)
+    monkeypatch.setattr(hopper, "capability", lambda x: 90)
 
 
 def inputs(T, K, N, R, dtype):
@@ -30,7 +30,7 @@ def inputs(T, K, N, R, dtype):
 @HALVES
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_value_and_gradients(hopper, monkeypatch, shape, bias, dtype):
+def test_value_and_gradients(on_hopper, monkeypatch, shape, bias, dtype):
     """Forward by rows of w, backward by its columns."""
     trained, frozen, more = inputs(*shape, dtype)
     frozen |= {"bias": more} if bias else {}
@@ -51,7 +51,7 @@ def test_value_and_gradients(hopper, monkeypatch, shape, bias, dtype):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_order_of_events(hopper, monkeypatch, seed):
+def test_any_order_of_events(on_hopper, monkeypatch, seed):
     """More tiles than programs; a second projection's gradient of x is added to the first's."""
     trained, frozen, _ = inputs(390, 200, 264, 8, torch.float16)
     interpret(monkeypatch, lora_hopper, seed)
@@ -67,7 +67,7 @@ def test_any_order_of_events(hopper, monkeypatch, seed):
     assert_kernel_is_as_good_as(two, ref, trained, frozen, [randn(390, 264, seed=9, dtype=torch.float16)])
 
 
-def test_what_they_do_not_take(hopper, monkeypatch):
+def test_what_they_do_not_take(on_hopper, monkeypatch):
     x, w = torch.zeros(128, 64).half(), torch.zeros(64, 64).half()
     assert lora_hopper.serves(x, w, 16) and lora_hopper.serves(x, w.t(), 16)
     assert not lora_hopper.serves(x, w, 12)  # rows of 24 bytes
