@@ -76,5 +76,8 @@ def test_what_they_do_not_take(on_hopper, monkeypatch):
     assert not lora_hopper.serves(x[:0], w, 16) and not lora_hopper.serves(x, w, 0)
     assert not lora_hopper.serves(x[:1].expand(128, 64), w, 16)
     assert not lora_hopper.serves(x, torch.zeros(64 * 64 + 1).half()[1:].view(64, 64), 16)  # where it begins
+    with monkeypatch.context() as ampere:
+        ampere.setattr(hopper, "capability", lambda x: 80)
+        assert not lora_hopper.serves(x, w, 16)
     monkeypatch.setenv("ISHEEP_KERNELS", "")
     assert not lora_hopper.serves(x, w, 16)
